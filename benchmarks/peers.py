@@ -1,0 +1,240 @@
+"""The attention implementations the benchmarks put side by side.
+
+Dense engines compute causal attention of inputs as they are. ``composed-*`` is Dual Chunk Attention made of calls to a
+dense engine, as ChunkLlama (the released code of arXiv 2402.17463) does it: Q rotated three times, up to three calls
+per chunk, outputs merged by their log-sum-exps. ``chunkattn`` is the op of this package. Tensors are [B, S, H, D].
+"""
+
+import contextlib
+import ctypes
+import functools
+import lzma
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import chunkattn
+from chunkattn import _core
+
+PORTABLE_KERNEL = "forward_sm80"
+
+
+class Absent(Exception):
+    """The implementation is not on this machine. The message says why."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A dense attention. Heads may be grouped."""
+
+    causal: Callable[[Tensor, Tensor, Tensor], Tensor]
+    # (q, k, v, causal) -> out and its log-sum-exp [B, H, Sq]; causal only where q and k have one length
+    with_lse: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+
+
+def load_fa3(folder):
+    """FlashAttention-3's ops from ``folder``: fa3.so or fa3.so.xz, and the libcudart.so.12 it was linked with.
+
+    The library is the one inside the wheel xformers 0.0.34 (x86-64), ``xformers/flash_attn_3/_C.so``; libcudart.so.12
+    comes from the wheel nvidia-cuda-runtime-cu12. Registers torch.ops.flash_attn_3.{fwd, bwd}.
+    """
+    if folder is None:
+        raise Absent("no folder with the library was given (--fa3)")
+    folder = Path(folder)
+    runtime, library, packed = (folder / name for name in ("libcudart.so.12", "fa3.so", "fa3.so.xz"))
+    if not runtime.is_file() or not (library.is_file() or packed.is_file()):
+        raise Absent(f"{folder} does not hold libcudart.so.12 and fa3.so or fa3.so.xz")
+    if not library.is_file():
+        library = Path(tempfile.gettempdir()) / f"fa3-{packed.stat().st_size}.so"
+        if not library.is_file():
+            part = library.with_suffix(".part")
+            with lzma.open(packed) as source, part.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 24)
+            os.replace(part, library)
+    try:
+        ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise Absent(f"the library does not load: {error}") from error
+    return torch.ops.flash_attn_3
+
+
+def fa3_engine(folder):
+    ops = load_fa3(folder)
+
+    def with_lse(q, k, v, causal):
+        return ops.fwd(q, k, v, is_causal=causal)[:2]
+
+    return Engine(lambda q, k, v: with_lse(q, k, v, True)[0], with_lse)
+
+
+def _sdpa(backend, q, k, v):
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+def _transposed(result):
+    """(out, lse) of an aten op, which works on [B, H, S, D]; cuDNN's lse is [B, H, S, 1]."""
+    out, lse = result[:2]
+    return out.transpose(1, 2), lse.reshape(out.shape[:3])
+
+
+def cudnn_engine():
+    if not torch.backends.cudnn.is_available():
+        raise Absent("this torch has no cuDNN")
+
+    def with_lse(q, k, v, causal):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return _transposed(torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal))
+
+    return Engine(functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION), with_lse)
+
+
+def fa2_engine():
+    def with_lse(q, k, v, causal):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return _transposed(torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal))
+
+    return Engine(functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), with_lse)
+
+
+def cpu_engine():
+    """torch's own attention on the CPU."""
+
+    def with_lse(q, k, v, causal):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return _transposed(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal))
+
+    return Engine(functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), with_lse)
+
+
+def find_engines(device, fa3_folder=None):
+    """(name to :class:`Engine`, name to the reason why it is absent)."""
+    makers = {"fa3": functools.partial(fa3_engine, fa3_folder), "cudnn": cudnn_engine, "fa2": fa2_engine}
+    if torch.device(device).type == "cpu":
+        return {"sdpa": cpu_engine()}, dict.fromkeys(makers, "runs on CUDA only")
+    engines, absent = {}, {}
+    for name, make in makers.items():
+        try:
+            engines[name] = make()
+        except Absent as reason:
+            absent[name] = str(reason)
+    return engines, absent
+
+
+def causal_mask(batch, head, query, key):
+    return query >= key
+
+
+def flex_attention(q, k, v):
+    """A call of FlexAttention, dense causal, compiled for these inputs."""
+    from torch.nn.attention import flex_attention as flex
+
+    torch._dynamo.reset()  # every shape compiles anew: without this the limit on recompilations is reached
+    make_mask = torch.compile(flex.create_block_mask)
+    mask = make_mask(causal_mask, None, None, q.shape[1], k.shape[1], device=q.device.type)
+    attend = torch.compile(flex.flex_attention, dynamic=False)
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return lambda: attend(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+
+def rotate(x, cos, sin):
+    """x [B, S, H, D] rotated (NeoX pairs, all of D) by one table row per token, in float32. cos, sin: [S or 1, 1, D/2].
+
+    The products are float32 because cos and sin are; the result is rounded once, to the dtype of x.
+    """
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    out = torch.empty_like(x)
+    torch.addcmul(first * cos, second, sin, value=-1, out=out[..., :half])
+    torch.addcmul(second * cos, first, sin, out=out[..., half:])
+    return out
+
+
+def merge(parts, out):
+    """Merges attention over disjoint keys into ``out``. parts: (out [B, S, H, D], lse [B, H, S]) each."""
+    if len(parts) == 1:
+        out.copy_(parts[0][0])
+        return
+    weights = torch.stack([lse for _, lse in parts]).softmax(dim=0).transpose(2, 3).unsqueeze(-1)
+    total = parts[0][0] * weights[0]
+    for (part, _), weight in zip(parts[1:-1], weights[1:-1], strict=True):
+        total.addcmul_(part, weight)
+    torch.addcmul(total, parts[-1][0], weights[-1], out=out)
+
+
+class ComposedDca:
+    """Dual Chunk Attention made of calls to a dense engine: 3n - 3 of them for n > 1 chunks.
+
+    A call takes raw q and k, as the op does, and rotates them: the rotations are part of the time. The table rows of
+    the tokens are gathered once, when the object is made. Only for as many queries as keys.
+    """
+
+    def __init__(self, engine, cos, sin, setting, seq):
+        self.engine = engine
+        self.stride = setting.stride
+        rows = torch.arange(seq, device=cos.device) % self.stride
+        far = torch.full_like(rows[:1], 2 * self.stride - 1)
+        query_rows = (rows, rows + self.stride, far)
+        self.tables = [
+            tuple(table[row.clamp(max=setting.chunk_size)].unsqueeze(1) for table in (cos, sin)) for row in query_rows
+        ]
+
+    def __call__(self, q, k, v, rotate=rotate, merge=merge):
+        intra, succ, inter = (rotate(q, *table) for table in self.tables)
+        k = rotate(k, *self.tables[0])
+        out = torch.empty_like(q)
+        stride = self.stride
+        attend = self.engine.with_lse
+        for begin in range(0, q.shape[1], stride):
+            own, before, earlier = slice(begin, begin + stride), slice(begin - stride, begin), slice(0, begin - stride)
+            parts = [attend(intra[:, own], k[:, own], v[:, own], True)]
+            if begin >= stride:
+                parts.append(attend(succ[:, own], k[:, before], v[:, before], False))
+            if begin > stride:
+                parts.append(attend(inter[:, own], k[:, earlier], v[:, earlier], False))
+            merge(parts, out[:, own])
+        return out
+
+
+@contextlib.contextmanager
+def portable_kernel():
+    """While it lasts, the op takes its portable kernel."""
+    torch.ops.chunkattn.force_kernel("portable")
+    try:
+        yield
+    finally:
+        torch.ops.chunkattn.force_kernel("auto")
+
+
+def find_portable_kernel(device):
+    """:func:`portable_kernel`, or Absent where the op has no faster kernel."""
+    if torch.device(device).type == "cpu" or not hasattr(torch.ops.chunkattn, "force_kernel"):
+        raise Absent("runs on CUDA only")
+    major, minor = torch.cuda.get_device_capability(device)
+    shape = {"batch": 1, "seqlen_q": 1, "seqlen_k": 1, "heads": 1, "kv_heads": 1, "head_dim": 128}
+    default = _core.plan_forward(**shape, compute_capability=10 * major + minor).name
+    if default == PORTABLE_KERNEL:
+        raise Absent("the portable kernel is the default here, and measured as chunkattn")
+    return portable_kernel
+
+
+def chunkattn_call(q, k, v, cos, sin, setting, context=contextlib.nullcontext):
+    """A call of the op on raw q and k."""
+
+    def call():
+        with context():
+            return chunkattn.dca(q, k, v, cos, sin, chunk_size=setting.chunk_size, local_size=setting.local_size)
+
+    return call

@@ -1,0 +1,299 @@
+"""Draws result files of the benchmarks and writes their tables into a page of the documentation.
+
+    python benchmarks/plot.py benchmarks/results/h100/forward.json
+
+For each file, a PNG with the rate by length of every implementation, and a section between two markers of the page,
+which is replaced on every run. The page is never edited between its markers.
+"""
+
+import argparse
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import common
+import matplotlib.pyplot as plt
+
+ROOT = common.ROOT
+
+# Okabe and Ito's colours, which the colour-blind can tell apart. An engine has one colour: solid where it computes
+# dense attention, dashed where DCA is composed of it.
+COLOURS = {
+    "chunkattn": "#D55E00",
+    "fa3": "#0072B2",
+    "cudnn": "#009E73",
+    "fa2": "#CC79A7",
+    "flex": "#E69F00",
+    "sdpa": "#56B4E9",
+}
+MARKERS = {"chunkattn": "o", "fa3": "s", "cudnn": "^", "fa2": "D", "flex": "v", "sdpa": "s"}
+LABELS = {
+    "chunkattn": "chunkattn (DCA)",
+    "chunkattn-portable": "chunkattn, portable kernel (DCA)",
+    "fa3": "FlashAttention-3, dense",
+    "cudnn": "cuDNN, dense",
+    "fa2": "FlashAttention-2, dense",
+    "flex": "FlexAttention, dense",
+    "sdpa": "torch SDPA, dense",
+}
+ORDER = list(LABELS)
+UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+RATIO_PEERS = ["fa3", "cudnn", "fa2", "sdpa", "composed-fa3", "composed-cudnn", "composed-fa2", "composed-sdpa"]
+PANELS_PER_LINE = 4
+
+
+def base_of(impl):
+    """The implementation whose colour another one shares: composed-fa3 has fa3's."""
+    return impl.removeprefix("composed-").removesuffix("-portable")
+
+
+def label_of(impl):
+    if impl.startswith("composed-"):
+        return f"DCA composed of {LABELS[base_of(impl)].split(',')[0]} calls"
+    return LABELS.get(impl, impl)
+
+
+def order_of(impl):
+    base = base_of(impl)
+    return (impl.startswith("composed-"), ORDER.index(base) if base in ORDER else len(ORDER), impl)
+
+
+def rate_unit(rows):
+    return "tflops" if all("tflops" in row for row in rows) else "gbps"
+
+
+def passes_of(rows):
+    return list(dict.fromkeys(row["pass"] for row in rows))
+
+
+def main_rows(rows):
+    """The rows a plot shows: of each implementation at each shape the first one, with the first DCA setting."""
+    shown = {}
+    for row in rows:
+        shown.setdefault((row["impl"], row["pass"], common.row_shape(row)), row)
+    return list(shown.values())
+
+
+def panels_of(rows):
+    """Rows by what they share beside the length."""
+    panels = {}
+    for row in rows:
+        panels.setdefault((row["pass"], configuration(row)), []).append(row)
+    return panels
+
+
+def configuration(row):
+    """What was measured, without the length: batch if not 1, heads, head size, data type."""
+    batch = f"batch {row['batch']}, " if row["batch"] > 1 else ""
+    heads = f"{row['heads']}/{row['kv_heads']}" if row["heads"] != row["kv_heads"] else row["heads"]
+    queries = f", {row['seq_q']} queries" if row["seq_q"] != row["seq_k"] else ""
+    dtype = DTYPES.get(row["dtype"], row["dtype"])
+    return f"{batch}{heads} heads, d {row['head_dim']}{queries}, {dtype}"
+
+
+def length_label(length):
+    return f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"
+
+
+def draw_panel(axes, rows, unit, ceiling):
+    lengths = sorted({row["seq_k"] for row in rows})
+    place = {length: index for index, length in enumerate(lengths)}
+    for impl in sorted({row["impl"] for row in rows}, key=order_of):
+        points = sorted((place[row["seq_k"]], row[unit]) for row in rows if row["impl"] == impl)
+        base = base_of(impl)
+        axes.plot(
+            *zip(*points, strict=True),
+            label=label_of(impl),
+            color=COLOURS.get(base, "#555555"),
+            marker=MARKERS.get(base, "x"),
+            linestyle="-" if impl == base else "--",
+            markerfacecolor=None if impl == base else "white",
+            linewidth=2.8 if impl == "chunkattn" else 1.6,
+            markersize=7 if impl == "chunkattn" else 5.5,
+            zorder=3 if impl == "chunkattn" else 2,
+        )
+    if ceiling:
+        axes.axhline(ceiling, color="#888888", linestyle=":", linewidth=1.2, zorder=1)
+        name = "matmul" if unit == "tflops" else "copy"
+        axes.text(0.01, ceiling, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color="#666666")
+    axes.set_xticks(range(len(lengths)), [length_label(length) for length in lengths])
+    axes.set_xlim(-0.4, len(lengths) - 0.6)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("keys")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(results, path):
+    """Draws the rates of a result file by length, one panel for each number of heads and head size."""
+    rows = main_rows(results["rows"])
+    unit = rate_unit(rows)
+    ceilings = results["header"].get("ceilings") or {}
+    ceiling = ceilings.get("matmul_tflops" if unit == "tflops" else "copy_gbps")
+    panels = panels_of(rows)
+    columns = min(PANELS_PER_LINE, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure, grid = plt.subplots(
+        lines,
+        columns,
+        figsize=(max(6.5, 3.4 * columns), 3.5 * lines + 1.0),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    passes = passes_of(rows)
+    for axes, ((pass_, title), members) in zip(grid.flat, panels.items(), strict=False):
+        draw_panel(axes, members, unit, ceiling)
+        axes.set_title(f"{pass_}: {title}" if len(passes) > 1 else title, fontsize=10)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(UNITS[unit])
+    handles = {}
+    for axes in grid.flat:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, columns + 1), frameon=False
+    )
+    header = results["header"]
+    figure.suptitle(f"Causal attention {' and '.join(passes)}, {header['gpu'] or header['cpu']}", fontsize=13)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def number(value):
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def markdown_table(header, lines):
+    ruler = ["---" if index == 0 else "---:" for index in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ruler, *lines])
+
+
+def shape_label(row):
+    return f"{configuration(row)}, {row['seq_k']:,} keys"
+
+
+def rates_table(rows, unit):
+    """Rates of every implementation by shape, with the first DCA setting."""
+    impls = sorted({row["impl"] for row in rows}, key=order_of)
+    by_shape = {}
+    for row in main_rows(rows):
+        by_shape.setdefault(shape_label(row), {})[row["impl"]] = row
+    lines = []
+    for shape, found in by_shape.items():
+        settings = {f"{row['chunk_size']}:{row['local_size']}" for row in found.values() if row["chunk_size"]}
+        rates = [number(found[impl][unit]) if impl in found else "-" for impl in impls]
+        lines.append([shape, " ".join(sorted(settings)), *rates])
+    return markdown_table([UNITS[unit], "s:w", *impls], lines)
+
+
+def ratios_table(rows, unit):
+    """How many times faster chunkattn is than each peer."""
+    peers = [impl for impl in RATIO_PEERS if any(row["impl"] == impl for row in rows)]
+    by_shape = {}
+    for row in main_rows(rows):
+        by_shape.setdefault(shape_label(row), {})[row["impl"]] = row[unit]
+    lines = [
+        [shape, *(f"{found['chunkattn'] / found[peer]:.2f}" if peer in found else "-" for peer in peers)]
+        for shape, found in by_shape.items()
+        if "chunkattn" in found
+    ]
+    return markdown_table(["chunkattn, times the rate of", *peers], lines)
+
+
+def settings_table(rows, unit):
+    """Rates with every DCA setting, and their share of the rate with a single chunk; None where only one was timed."""
+    by_shape = {}
+    for row in rows:
+        if row["chunk_size"] and not row["impl"].startswith("composed-"):
+            by_shape.setdefault((row["impl"], shape_label(row)), []).append(row)
+    lines = []
+    for (impl, shape), members in by_shape.items():
+        single = [row[unit] for row in members if row["chunk_size"] - row["local_size"] >= row["seq_k"]]
+        if len(members) < 2:
+            continue
+        for row in members:
+            share = f"{row[unit] / single[0]:.1%}" if single else "-"
+            lines.append([shape, impl, f"{row['chunk_size']}:{row['local_size']}", number(row[unit]), share])
+    return markdown_table(["shape", "impl", "s:w", UNITS[unit], "of a single chunk"], lines) if lines else None
+
+
+def provenance(results):
+    """Sentences that say where and how the numbers were measured, and what is missing."""
+    header = results["header"]
+    tree = header["git_tree"] or "unknown"
+    tree = f"{tree[:12]}{' with changes' if header['dirty'] else ''}"
+    machine = f"{header['gpu']}, driver {header['driver']}" if header["gpu"] else header["cpu"]
+    cuda = f", CUDA {header['cuda']}" if header["gpu"] else f", {header['threads']} threads"
+    versions = f"torch {header['torch']}{cuda}, chunkattn {header['chunkattn']}, source tree {tree}"
+    text = f"{machine}, {versions}, {header['date'][:10]}."
+    ceilings = header.get("ceilings")
+    if ceilings:
+        product = f"{number(ceilings['matmul_tflops'])} TFLOP/s ({ceilings['matmul']} matrix product)"
+        text += f" Ceilings in the same run: {product}, {number(ceilings['copy_gbps'])} GB/s (copy, read + write)."
+    missing = [f"{name} ({reason})" for name, reason in results.get("absent", {}).items()]
+    if missing:
+        text += f" Not measured: {'; '.join(missing)}."
+    failures = [f"{failure['impl']} at {failure['shape']}: {failure['error']}" for failure in results.get("failed", [])]
+    if failures:
+        text += f" Failed: {'; '.join(failures)}."
+    return text
+
+
+def section(results, image):
+    rows = results["rows"]
+    unit = rate_unit(rows)
+    parts = [provenance(results), f"![{UNITS[unit]} by length]({image})"]
+    passes = passes_of(rows)
+    for pass_ in passes:
+        members = [row for row in rows if row["pass"] == pass_]
+        heading = f"**{pass_.capitalize()}**" if len(passes) > 1 else None
+        parts += [heading, rates_table(members, unit), ratios_table(members, unit), settings_table(members, unit)]
+    return "\n\n".join(filter(None, parts))
+
+
+def replace_section(page, name, text):
+    """The page with the text between the markers of a section; a page without them gets them at its end."""
+    begin, end = f"<!-- benchmark {name}: begin, generated -->", f"<!-- benchmark {name}: end -->"
+    block = f"{begin}\n{text}\n{end}"
+    if begin not in page:
+        return f"{page.rstrip()}\n\n{block}\n"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"the page has the marker {begin!r} but not {end!r} after it")
+    return pattern.sub(lambda _: block, page, count=1)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="result files")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--images", type=Path, help="folder for the PNGs; default: images beside the page")
+    options = parser.parse_args(argv)
+    images = options.images or options.page.parent / "images"
+    page = options.page.read_text() if options.page.is_file() else "# Performance\n"
+    for file in options.files:
+        results = common.read_results(file)
+        if not results["rows"]:
+            raise SystemExit(f"{file} has no rows")
+        name = f"{file.resolve().parent.name}-{file.stem}"
+        image = images / f"{name}.png"
+        draw(results, image)
+        page = replace_section(page, name, section(results, os.path.relpath(image, options.page.parent)))
+        print(f"{image} and the section {name} of {options.page}")
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    options.page.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

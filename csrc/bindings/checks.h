@@ -1,0 +1,15 @@
+// What the operators accept. Everything else throws std::invalid_argument, a ValueError in Python, whose message names
+// the argument, what it got and what it takes. Nothing is allocated or launched before.
+#pragma once
+
+#include "arguments.h"
+
+namespace chunkattn::bindings {
+
+void check_dca(const DcaArguments& arguments);
+
+// The tensors the backward takes on top of the arguments of the forward.
+void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
+                        const Tensor& softmax_lse);
+
+}  // namespace chunkattn::bindings

@@ -1,0 +1,30 @@
+// The operators, one function per verb and device. Parameters stand in the order of the schemas in library.cpp.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "arguments.h"
+
+namespace chunkattn::bindings {
+
+// Return out [batch, seqlen_q, heads, head_dim] and softmax_lse [batch, heads, seqlen_q].
+std::tuple<Tensor, Tensor> dca_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
+                                   int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
+                                   bool interleaved, bool q_rotated, bool k_rotated);
+std::tuple<Tensor, Tensor> dca_cuda(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
+                                    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
+                                    bool interleaved, bool q_rotated, bool k_rotated);
+
+// Makes every later CUDA forward take one kernel, for tests and benchmarks.
+void force_kernel(std::string name);
+
+// Returns dq, dk and dv, shaped as q, k and v.
+std::tuple<Tensor, Tensor, Tensor> dca_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                    Tensor softmax_lse, Tensor cos, Tensor sin, int64_t chunk_size,
+                                                    int64_t local_size, std::optional<double> scale,
+                                                    std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
+                                                    bool k_rotated);
+
+}  // namespace chunkattn::bindings

@@ -1,0 +1,206 @@
+// A share of the backward pass: some query tiles against some keys, with the gradients of either or of both.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/gemm.h"
+#include "cpu/operands.h"
+#include "cpu/softmax.h"
+
+namespace chunkattn::cpu {
+
+// What the backward pass needs to know of each query: lse in bits, and delta = sum(dout * out).
+template <class Accum>
+struct QueryStatistics {
+  Accum* lse_log2;  // [batch, heads, seqlen_q]
+  Accum* delta;     // [batch, heads, seqlen_q]
+};
+
+// Gradients are complete only for the queries whose keys, and the keys whose queries, all lie in the share.
+struct BackwardShare {
+  int batch;
+  int head_begin;  // query heads, all of one KV head
+  int head_end;
+  int tile_begin;  // query tiles
+  int tile_end;
+  int key_begin;
+  int key_end;
+  bool query_gradients;
+  bool key_gradients;
+};
+
+template <class Storage, class Operand>
+class BackwardUnit {
+ public:
+  using Accum = Accumulator<Storage>;
+
+  static constexpr int kQueries = 384;
+  static constexpr int kKeys = 128;
+  static constexpr int kStride = kKeys + kRowMultiple;
+
+  // For shares of at most max_keys keys whose gradients are wanted.
+  BackwardUnit(const BackwardParams& params, const KeysAndValues<Operand>& keys_and_values,
+               QueryStatistics<Accum> statistics, QueryTiling tiling, int max_keys)
+      : params_(params),
+        keys_and_values_(keys_and_values),
+        statistics_(statistics),
+        tiling_(tiling),
+        head_dim_(params.forward.shape.head_dim),
+        queries_(tiling.size * head_dim_),
+        out_gradients_(tiling.size * head_dim_),
+        logits_(tiling.size * kStride),
+        probability_gradients_(tiling.size * kStride),
+        separate_probabilities_(kSeparate ? tiling.size * kStride : 0),
+        separate_logit_gradients_(kSeparate ? tiling.size * kStride : 0),
+        segment_gradients_(tiling.size * head_dim_),
+        query_gradients_(tiling.size * head_dim_),
+        key_gradients_(static_cast<int64_t>(max_keys) * head_dim_),
+        value_gradients_(static_cast<int64_t>(max_keys) * head_dim_) {}
+
+  void run(const BackwardShare& share) {
+    share_ = share;
+    const ForwardParams& forward = params_.forward;
+    kv_head_ = share.head_begin / (forward.shape.heads / forward.shape.kv_heads);
+    scale_ = static_cast<Accum>(logit_scale(forward, share.batch));
+    if (share.key_gradients) {
+      const int64_t size = static_cast<int64_t>(share.key_end - share.key_begin) * head_dim_;
+      std::fill_n(key_gradients_.data(), size, Accum(0));
+      std::fill_n(value_gradients_.data(), size, Accum(0));
+    }
+    for (int head = share.head_begin; head < share.head_end; ++head) {
+      for (int tile = share.tile_begin; tile < share.tile_end; ++tile) run_tile(head, tiling_.tile(tile));
+    }
+    if (share.key_gradients) write_key_gradients();
+  }
+
+ private:
+  static constexpr bool kSeparate = !std::is_same_v<Operand, Accum>;
+
+  void run_tile(int head, QueryTile tile) {
+    if (tile.end <= share_.key_begin) return;
+    head_ = head;
+    tile_ = tile;
+    const ForwardParams& forward = params_.forward;
+    convert_rows(rows_of<Storage>(params_.dout, params_.dout_strides, share_.batch, first_query(), head),
+                 Rows<Operand>{out_gradients_.data(), head_dim_}, rows(), head_dim_);
+    if (share_.query_gradients) std::fill_n(query_gradients_.data(), rows() * head_dim_, Accum(0));
+    const SegmentList segments = forward.geometry.segments(tile);
+    for (int i = 0; i < segments.count; ++i) {
+      Segment segment = segments.items[i];
+      segment.key_begin = std::max(segment.key_begin, share_.key_begin);
+      segment.key_end = std::min(segment.key_end, share_.key_end);
+      if (segment.key_begin >= segment.key_end) continue;
+      load_queries<Storage>(forward, share_.batch, head, tile, segment.regime, queries_.data());
+      if (share_.query_gradients) std::fill_n(segment_gradients_.data(), rows() * head_dim_, Accum(0));
+      for_each_block(segment, tile, kKeys, [&](const LogitBlock& block) { differentiate(block); });
+      if (share_.query_gradients) add_segment_gradients(segment.regime);
+    }
+    if (share_.query_gradients) {
+      convert_rows(Rows<const Accum>{query_gradients_.data(), head_dim_},
+                   rows_of<Storage>(params_.dq, params_.dq_strides, share_.batch, first_query(), head), rows(),
+                   head_dim_, scale_);
+    }
+  }
+
+  void differentiate(const LogitBlock& block) {
+    const Operand* const k = keys_and_values_.keys.at(share_.batch, block.first_key, kv_head_);
+    const Operand* const v = keys_and_values_.values.at(share_.batch, block.first_key, kv_head_);
+    const int k_ld = keys_and_values_.keys.ld();
+    const int v_ld = keys_and_values_.values.ld();
+    const int offset = block.first_row * head_dim_;
+    const Operand* const queries = queries_.data() + offset;
+    const Operand* const out_gradients = out_gradients_.data() + offset;
+    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries, head_dim_, k, k_ld, false,
+         logits_.data(), kStride);
+    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, out_gradients, head_dim_, v, v_ld, false,
+         probability_gradients_.data(), kStride);
+    Operand* const probabilities = in_place_or(logits_, separate_probabilities_);
+    Operand* const logit_gradients = in_place_or(probability_gradients_, separate_logit_gradients_);
+    const int64_t head_row = (static_cast<int64_t>(share_.batch) * params_.forward.shape.heads + head_) *
+                             params_.forward.shape.seqlen_q;
+    const int64_t row = head_row + first_query() + block.first_row;
+    vectorized(CHUNKATTN_LOOPS(bytes) {
+      differentiate_softmax<Simd<Accum, bytes>>(block, logits_.data(), probability_gradients_.data(), probabilities,
+                                                logit_gradients, kStride, static_cast<Accum>(scale_ * kLog2E),
+                                                statistics_.lse_log2 + row, statistics_.delta + row);
+    });
+    if (share_.query_gradients) {
+      gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, logit_gradients, kStride, k, k_ld, true,
+           segment_gradients_.data() + offset, head_dim_);
+    }
+    if (share_.key_gradients) {
+      const int64_t key_offset = static_cast<int64_t>(block.first_key - share_.key_begin) * head_dim_;
+      gemm(Transpose::kYes, Transpose::kNo, block.keys, head_dim_, block.rows, probabilities, kStride, out_gradients,
+           head_dim_, true, value_gradients_.data() + key_offset, head_dim_);
+      gemm(Transpose::kYes, Transpose::kNo, block.keys, head_dim_, block.rows, logit_gradients, kStride, queries,
+           head_dim_, true, key_gradients_.data() + key_offset, head_dim_);
+    }
+  }
+
+  // Adds the gradients of the queries of one regime, rotated back to the queries that were passed in.
+  void add_segment_gradients(Regime regime) {
+    const ForwardParams& forward = params_.forward;
+    const Rows<Accum> gradients = {segment_gradients_.data(), head_dim_};
+    if (!forward.q_rotated || regime != Regime::kIntra) {
+      const auto row = [geometry = forward.geometry, regime, begin = tile_.begin, rotated = forward.q_rotated](int n) {
+        return geometry.query_rotation(regime, begin + n, rotated);
+      };
+      rotate_rows(Rows<const Accum>{gradients.data, head_dim_}, gradients, rows(), head_dim_, forward.rotary,
+                  RotationSense::kInverse, row);
+    }
+    for (int i = 0; i < rows() * head_dim_; ++i) query_gradients_.data()[i] += gradients.data[i];
+  }
+
+  void write_key_gradients() {
+    const ForwardParams& forward = params_.forward;
+    const int keys = share_.key_end - share_.key_begin;
+    const Rows<const Accum> from = {key_gradients_.data(), head_dim_};
+    const auto to = rows_of<Storage>(params_.dk, params_.dk_strides, share_.batch, share_.key_begin, kv_head_);
+    if (forward.k_rotated) {
+      convert_rows(from, to, keys, head_dim_, scale_);
+    } else {
+      const auto row = [geometry = forward.geometry, begin = share_.key_begin](int n) {
+        return geometry.key_row(begin + n);
+      };
+      rotate_rows(from, to, keys, head_dim_, forward.rotary, RotationSense::kInverse, row, scale_);
+    }
+    convert_rows(Rows<const Accum>{value_gradients_.data(), head_dim_},
+                 rows_of<Storage>(params_.dv, params_.dv_strides, share_.batch, share_.key_begin, kv_head_), keys,
+                 head_dim_);
+  }
+
+  static Operand* in_place_or(const Buffer<Accum>& place, const Buffer<Operand>& separate) {
+    if constexpr (kSeparate) {
+      return separate.data();
+    } else {
+      return place.data();
+    }
+  }
+
+  int rows() const { return tile_.end - tile_.begin; }
+  int first_query() const { return tile_.begin - params_.forward.first_position(); }
+
+  const BackwardParams& params_;
+  const KeysAndValues<Operand>& keys_and_values_;
+  const QueryStatistics<Accum> statistics_;
+  const QueryTiling tiling_;
+  const int head_dim_;
+  const Buffer<Operand> queries_;                   // [tile, head_dim]
+  const Buffer<Operand> out_gradients_;             // [tile, head_dim]
+  const Buffer<Accum> logits_;                      // [tile, kStride]
+  const Buffer<Accum> probability_gradients_;       // [tile, kStride]
+  const Buffer<Operand> separate_probabilities_;    // [tile, kStride] where they do not fit in place
+  const Buffer<Operand> separate_logit_gradients_;  // [tile, kStride] where they do not fit in place
+  const Buffer<Accum> segment_gradients_;           // [tile, head_dim], of rotated queries
+  const Buffer<Accum> query_gradients_;             // [tile, head_dim]
+  const Buffer<Accum> key_gradients_;               // [keys of the share, head_dim], of rotated keys
+  const Buffer<Accum> value_gradients_;             // [keys of the share, head_dim]
+  BackwardShare share_ = {};
+  QueryTile tile_ = {};
+  int head_ = 0;
+  int kv_head_ = 0;
+  Accum scale_ = 0;
+};
+
+}  // namespace chunkattn::cpu

@@ -1,0 +1,121 @@
+// Rotary embedding of 16-byte chunks (8 elements) on their way from global memory.
+#pragma once
+
+#include "cuda/common/numeric.cuh"
+#include "cuda/common/vector_paths.h"
+#include "params.h"
+
+namespace chunkattn::cuda {
+
+constexpr int kChunk = 8;  // elements of a 16-byte chunk
+
+template <typename T>
+__device__ __forceinline__ void unpack8(const uint4& chunk, float (&x)[kChunk]) {
+  const float2 a = unpack2<T>(chunk.x), b = unpack2<T>(chunk.y), c = unpack2<T>(chunk.z), d = unpack2<T>(chunk.w);
+  x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y, x[4] = c.x, x[5] = c.y, x[6] = d.x, x[7] = d.y;
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack8(const float (&x)[kChunk]) {
+  return {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])};
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 load_chunk(const T* row, int begin) {
+  return __ldg(reinterpret_cast<const uint4*>(row + begin));
+}
+
+// Element d of a row, rotated by row `table_row` of the table. For any alignment.
+template <typename T>
+__device__ __forceinline__ float rotated_element(const T* row, int d, const RotaryTable& table, int table_row) {
+  const float x = to_float(row[d]);
+  if (d >= table.rotary_dim) return x;
+  const int half = table.rotary_dim / 2;
+  const int pair = table.interleaved ? d / 2 : d % half;
+  const bool second = table.interleaved ? d % 2 == 1 : d >= half;
+  const int step = table.interleaved ? 1 : half;
+  const float partner = to_float(row[second ? d - step : d + step]);
+  const int64_t index = table_row * table.row_stride + pair;
+  const float cos = table.cos[index], sin = table.sin[index];
+  return second ? x * cos + partner * sin : x * cos - partner * sin;
+}
+
+// cos and sin of eight neighbouring pairs.
+struct Angles {
+  float4 cos[2];
+  float4 sin[2];
+};
+
+__device__ __forceinline__ Angles load_angles(const RotaryTable& table, int table_row, int pair) {
+  const int64_t index = table_row * table.row_stride + pair;
+  const float4* cos = reinterpret_cast<const float4*>(table.cos + index);
+  const float4* sin = reinterpret_cast<const float4*>(table.sin + index);
+  return {{__ldg(cos), __ldg(cos + 1)}, {__ldg(sin), __ldg(sin + 1)}};
+}
+
+// Rotates the chunks that hold the first and the second elements of eight pairs (rotate-half layout).
+template <typename T>
+__device__ __forceinline__ void rotate_chunks(uint4& first, uint4& second, const Angles& angles) {
+  float a[kChunk], b[kChunk];
+  unpack8<T>(first, a);
+  unpack8<T>(second, b);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const float cos = reinterpret_cast<const float*>(angles.cos)[i],
+                sin = reinterpret_cast<const float*>(angles.sin)[i];
+    const float x = a[i], y = b[i];
+    a[i] = x * cos - y * sin;
+    b[i] = y * cos + x * sin;
+  }
+  first = pack8<T>(a);
+  second = pack8<T>(b);
+}
+
+// Rotates a chunk of four neighbouring pairs (interleaved layout), whose first pair is `pair`.
+template <typename T>
+__device__ __forceinline__ uint4 rotate_interleaved(const uint4& chunk, const RotaryTable& table, int table_row,
+                                                    int pair) {
+  const int64_t index = table_row * table.row_stride + pair;
+  const float4 cos = __ldg(reinterpret_cast<const float4*>(table.cos + index));
+  const float4 sin = __ldg(reinterpret_cast<const float4*>(table.sin + index));
+  const float c[4] = {cos.x, cos.y, cos.z, cos.w}, s[4] = {sin.x, sin.y, sin.z, sin.w};
+  float x[kChunk];
+  unpack8<T>(chunk, x);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    x[2 * i] = a * c[i] - b * s[i];
+    x[2 * i + 1] = b * c[i] + a * s[i];
+  }
+  return pack8<T>(x);
+}
+
+// A row is rotated in units of two chunks: in the rotate-half layout the two that share eight pairs, otherwise two
+// neighbours. Where the units of a row lie:
+struct RotaryUnit {
+  int first;     // element at which the first chunk begins
+  int second;    // and the second
+  bool rotated;  // false: both pass through
+};
+
+__device__ __forceinline__ RotaryUnit rotary_unit(const RotaryTable& table, int unit) {
+  const int begin = unit * kChunk;
+  const int half = table.rotary_dim / 2;
+  if (!table.interleaved && begin < half) return {begin, begin + half, true};
+  return {2 * begin, 2 * begin + kChunk, 2 * begin < table.rotary_dim};
+}
+
+// Rotates both chunks of a unit by row `table_row`. The second chunk of an interleaved unit may lie beyond rotary_dim.
+template <typename T>
+__device__ __forceinline__ void rotate_unit(uint4& first, uint4& second, const RotaryUnit& unit,
+                                            const RotaryTable& table, int table_row) {
+  if (!unit.rotated) return;
+  if (table.interleaved) {
+    first = rotate_interleaved<T>(first, table, table_row, unit.first / 2);
+    if (unit.second < table.rotary_dim) second = rotate_interleaved<T>(second, table, table_row, unit.second / 2);
+  } else {
+    rotate_chunks<T>(first, second, load_angles(table, table_row, unit.first));
+  }
+}
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,61 @@
+// Tiles of 16-bit elements in shared memory whose 16-byte chunks are permuted against bank conflicts.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/rotary.cuh"
+
+namespace chunkattn::cuda {
+
+__device__ __forceinline__ void store_shared(uint32_t address, const uint4& chunk) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(chunk.x), "r"(chunk.y), "r"(chunk.z),
+               "r"(chunk.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t pair) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(pair) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint16_t element) {
+  asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(address), "h"(element) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 chunk;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
+               : "r"(address));
+  return chunk;
+}
+
+// [kRows][kHeadDim], row after row. The eight rows ldmatrix reads at once lie in different banks.
+template <int kRows, int kHeadDim>
+struct RowTile {
+  static constexpr int kChunksPerRow = kHeadDim / kChunk;
+  static constexpr int kBytes = kRows * kHeadDim * 2;
+
+  uint32_t base;
+
+  __device__ __forceinline__ uint32_t address(int row, int chunk) const {
+    return base + (row * kChunksPerRow + (chunk ^ (row % 8))) * 16;
+  }
+};
+
+// [kHeadDim / 64][kRows][64]: panels of 128-byte rows with the 128-byte swizzle that wgmma and the copy engine share.
+// The base is aligned to 1024 bytes.
+template <int kRows, int kHeadDim>
+struct PanelTile {
+  static constexpr int kChunksPerRow = kHeadDim / kChunk;
+  static constexpr int kPanels = kHeadDim / 64;
+  static constexpr int kPanelBytes = kRows * 128;
+  static constexpr int kBytes = kPanels * kPanelBytes;
+
+  uint32_t base;
+
+  __device__ __forceinline__ uint32_t address(int row, int chunk) const {
+    return base + chunk / 8 * kPanelBytes + row * 128 + ((chunk % 8) ^ (row % 8)) * 16;
+  }
+};
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,48 @@
+// The order in which query tiles are worked on. No CUDA types; host and device read the same rule.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace chunkattn::cuda {
+
+// Longest tiles first, so that the short ones fill the end. Heads go in groups whose K and V fit the L2 cache together:
+// within a group the same tile of every head follows the other, and heads that share a KV head are neighbours.
+struct TileSchedule {
+  int tiles;   // query tiles of a head
+  int planes;  // batch * heads
+  int group;   // planes of a group
+
+  struct Item {
+    int tile;
+    int plane;  // batch * heads + head
+  };
+
+  CHUNKATTN_HOST_DEVICE int64_t count() const { return static_cast<int64_t>(tiles) * planes; }
+
+  CHUNKATTN_HOST_DEVICE Item item(int index) const {
+    const int per_group = tiles * group;
+    const int first_plane = index / per_group * group;
+    const int within = index % per_group;
+    const int size = planes - first_plane < group ? planes - first_plane : group;
+    return {tiles - 1 - within / size, first_plane + within % size};
+  }
+};
+
+inline TileSchedule make_tile_schedule(const ForwardParams& params, int tile_m) {
+  constexpr int64_t kCacheBytes = 32 << 20;  // of an L2 cache of 40 MB or more, what K and V may take
+  constexpr int64_t kElementBytes = 2;
+  const AttentionShape& shape = params.shape;
+  const QueryTiling tiling{params.geometry, params.first_position(), shape.seqlen_k, tile_m};
+  const int64_t kv_head_bytes = 2 * kElementBytes * shape.seqlen_k * shape.head_dim;
+  const int64_t kv_planes = static_cast<int64_t>(shape.batch) * shape.kv_heads;
+  const int64_t fitting = kv_head_bytes < kCacheBytes ? kCacheBytes / kv_head_bytes : 1;
+  // Groups of equal size: a small last one would have too few long tiles to go round, and the device would wait for
+  // them.
+  const int64_t groups = (kv_planes + fitting - 1) / fitting;
+  const int64_t group = (kv_planes + groups - 1) / groups * (shape.heads / shape.kv_heads);
+  return {tiling.count(), shape.batch * shape.heads, static_cast<int>(group)};
+}
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,212 @@
+// The portable forward main loop: mma.sync and cp.async, for sm_80 and everything after it.
+//
+// One thread block owns one query tile of one head. Its key tiles come from KeyTileWalk; whenever the regime changes,
+// the queries are read again and rotated anew into the one Q buffer, while the softmax state simply carries on. K and V
+// have one buffer each: V(n) arrives while S = Q K(n)^T is computed, K(n + 1) while P V(n) is.
+#pragma once
+
+#include "cuda/common/key_tiles.cuh"
+#include "cuda/common/mask.cuh"
+#include "cuda/common/query_tile.cuh"
+#include "cuda/common/softmax.cuh"
+#include "cuda/common/tile_schedule.h"
+#include "cuda/common/vector_paths.h"
+#include "cuda/forward/tile_sizes.h"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/mma_sync.cuh"
+
+namespace chunkattn::cuda {
+
+template <typename T, int kHeadDim>
+struct ForwardSm80 {
+  using Sizes = ForwardSm80Tile<kHeadDim>;
+  static constexpr int kTileM = Sizes::kTileM;
+  static constexpr int kTileN = Sizes::kTileN;
+  static constexpr int kThreads = Sizes::kWarps * 32;
+  static constexpr int kWarpRows = kTileM / Sizes::kWarps;
+  static constexpr int kSlabs = kWarpRows / 16;
+  static constexpr int kKeyBlocks = kTileN / 8;
+  static constexpr int kDimBlocks = kHeadDim / 8;
+  static constexpr int kChunksPerRow = kHeadDim / kChunk;
+
+  using QueryShared = RowTile<kTileM, kHeadDim>;
+  using KeyShared = RowTile<kTileN, kHeadDim>;
+  using Logits = float[kSlabs][kKeyBlocks][4];
+  using Output = float[kSlabs][kDimBlocks][4];
+
+  // Starts the copy of a key or value tile; rows from `valid` on are filled with zeros.
+  static __device__ __forceinline__ void load_keys(const KeyShared& shared, const T* source, int64_t stride, int valid,
+                                                   int head_dim, bool vectorized) {
+    constexpr int kPerThread = kTileN * kChunksPerRow / kThreads;
+    constexpr int kRowStep = kThreads / kChunksPerRow;
+    const int chunk = threadIdx.x % kChunksPerRow;
+    const int first_row = threadIdx.x / kChunksPerRow;
+    if (vectorized) {
+      const T* pointer = source + first_row * stride + chunk * kChunk;
+      const bool inside = chunk * kChunk < head_dim;
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        const int row = first_row + i * kRowStep;
+        ptx::cp_async_16(shared.address(row, chunk), pointer + i * kRowStep * stride, inside && row < valid);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kPerThread * kChunk; ++i) {
+        const int row = first_row + i / kChunk * kRowStep;
+        const int d = chunk * kChunk + i % kChunk;
+        const T x = row < valid && d < head_dim ? source[row * stride + d] : from_float<T>(0.f);
+        store_shared(shared.address(row, chunk) + i % kChunk * 2, reinterpret_cast<const uint16_t&>(x));
+      }
+    }
+    ptx::cp_async_commit();
+  }
+
+  // S = Q K^T for this warp's rows.
+  static __device__ __forceinline__ void multiply_keys(Logits& logits, const QueryShared& q, const KeyShared& k) {
+    const int lane = threadIdx.x % 32;
+    const int warp_row = threadIdx.x / 32 * kWarpRows;
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+      for (int block = 0; block < kKeyBlocks; ++block) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) logits[slab][block][i] = 0.f;
+      }
+    }
+    // Fragments are loaded one product ahead, so that their latency hides behind it.
+    constexpr int kPairs = kKeyBlocks / 2;
+    uint32_t a[2][kSlabs][4], b[2][4];
+    const auto load_a = [&](int step) {
+#pragma unroll
+      for (int slab = 0; slab < kSlabs; ++slab) {
+        ptx::ldmatrix_x4(a[step % 2][slab], q.address(warp_row + slab * 16 + lane % 16, step * 2 + lane / 16));
+      }
+    };
+    const auto load_b = [&](int step, int pair) {
+      ptx::ldmatrix_x4(b[pair % 2], k.address(pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+    };
+    static_assert(kPairs % 2 == 0, "the next step starts in the other fragment buffer");
+    load_a(0);
+    load_b(0, 0);
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const bool last_pair = pair + 1 == kPairs;
+        if (last_pair && step + 1 < kHeadDim / 16) load_a(step + 1);
+        if (!last_pair || step + 1 < kHeadDim / 16) load_b(last_pair ? step + 1 : step, last_pair ? 0 : pair + 1);
+#pragma unroll
+        for (int slab = 0; slab < kSlabs; ++slab) {
+          ptx::mma_m16n8k16<T>(logits[slab][2 * pair], a[step % 2][slab], b[pair % 2][0], b[pair % 2][1]);
+          ptx::mma_m16n8k16<T>(logits[slab][2 * pair + 1], a[step % 2][slab], b[pair % 2][2], b[pair % 2][3]);
+        }
+      }
+    }
+  }
+
+  // O += P V for this warp's rows; P is rounded to T.
+  static __device__ __forceinline__ void multiply_values(Output& output, const Logits& p, const KeyShared& v) {
+    const int lane = threadIdx.x % 32;
+    constexpr int kPairs = kDimBlocks / 2;
+    uint32_t a[kSlabs][4], b[2][4];
+    const auto load_b = [&](int step, int pair) {
+      ptx::ldmatrix_x4_trans(b[pair % 2], v.address(step * 16 + lane % 16, pair * 2 + lane / 16));
+    };
+    load_b(0, 0);
+#pragma unroll
+    for (int step = 0; step < kTileN / 16; ++step) {
+#pragma unroll
+      for (int slab = 0; slab < kSlabs; ++slab) pack_operand<T>(a[slab], p[slab], step);
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const bool last_pair = pair + 1 == kPairs;
+        if (!last_pair || step + 1 < kTileN / 16) load_b(last_pair ? step + 1 : step, last_pair ? 0 : pair + 1);
+#pragma unroll
+        for (int slab = 0; slab < kSlabs; ++slab) {
+          ptx::mma_m16n8k16<T>(output[slab][2 * pair], a[slab], b[pair % 2][0], b[pair % 2][1]);
+          ptx::mma_m16n8k16<T>(output[slab][2 * pair + 1], a[slab], b[pair % 2][2], b[pair % 2][3]);
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void run(const ForwardParams& params, const VectorPaths& vectorized,
+                                             const TileSchedule& schedule) {
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    const QueryShared q_tile{ptx::shared_address(shared_memory)};
+    const KeyShared k_tile{q_tile.base + QueryShared::kBytes};
+    const KeyShared v_tile{k_tile.base + KeyShared::kBytes};
+
+    const TileSchedule::Item item = schedule.item(blockIdx.x);
+    const QueryTiling tiling{params.geometry, params.first_position(), params.shape.seqlen_k, kTileM};
+    const QueryTile queries = tiling.tile(item.tile);
+    const int head = item.plane % params.shape.heads;
+    const int batch = item.plane / params.shape.heads;
+    const int kv_head = head / (params.shape.heads / params.shape.kv_heads);
+    const int first_query = queries.begin - params.first_position();
+    const T* q = static_cast<const T*>(params.q) + batch * params.q_strides.batch + head * params.q_strides.head +
+                 first_query * params.q_strides.seq;
+    const T* k = static_cast<const T*>(params.k) + batch * params.k_strides.batch + kv_head * params.k_strides.head;
+    const T* v = static_cast<const T*>(params.v) + batch * params.v_strides.batch + kv_head * params.v_strides.head;
+    const float scale_log2 = logit_scale(params, batch) * kLog2E;
+
+    const auto load_k = [&](const KeyTile& tile) {
+      load_keys(k_tile, k + tile.begin * params.k_strides.seq, params.k_strides.seq, tile.valid, params.shape.head_dim,
+                vectorized.k);
+    };
+    const auto load_v = [&](const KeyTile& tile) {
+      load_keys(v_tile, v + tile.begin * params.v_strides.seq, params.v_strides.seq, tile.valid, params.shape.head_dim,
+                vectorized.v);
+    };
+    const auto load_q = [&](Regime regime) {
+      load_queries<kTileM, kThreads, 1>(q_tile, params, q, queries, regime, vectorized.rotation, threadIdx.x);
+    };
+
+    __shared__ SegmentList segments;
+    if (threadIdx.x == 0) segments = params.geometry.segments(queries);
+    __syncthreads();
+    KeyTileWalk<kTileN> walk(segments, queries.begin);
+    KeyTile tile = walk.tile();
+    load_k(tile);
+    load_q(tile.regime);
+
+    const int warp_row = threadIdx.x / 32 * kWarpRows;
+    Output output = {};
+    OnlineSoftmax<kSlabs> softmax;
+    while (true) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // K and Q are there, and every warp has finished with V of the tile before
+      load_v(tile);
+      Logits logits;
+      multiply_keys(logits, q_tile, k_tile);
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // V is there, and every warp has finished with Q and K
+      const KeyTile current = tile;
+      walk.advance();
+      const bool last = walk.done();
+      if (!last) {
+        tile = walk.tile();
+        load_k(tile);
+      }
+      if (current.causal || current.valid < kTileN) hide_keys(logits, current, queries.begin + warp_row);
+      float shrink[kSlabs][2];
+      softmax.update(logits, scale_log2, shrink);
+      scale_rows(output, shrink);
+      multiply_values(output, logits, v_tile);
+      if (last) break;
+      if (tile.regime != current.regime) load_q(tile.regime);
+    }
+
+    float normalise[kSlabs][2], lse[kSlabs][2];
+    softmax.finish(scale_log2, normalise, lse);
+    scale_rows(output, normalise);
+    const int valid = queries.end - queries.begin;
+    T* out = static_cast<T*>(params.out) + batch * params.out_strides.batch + head * params.out_strides.head +
+             first_query * params.out_strides.seq;
+    store_output(q_tile, output, out, params.out_strides.seq, warp_row, valid, params.shape.head_dim, vectorized.out);
+    store_lse(lse, params.softmax_lse + static_cast<int64_t>(item.plane) * params.shape.seqlen_q + first_query,
+              warp_row, valid);
+  }
+};
+
+}  // namespace chunkattn::cuda

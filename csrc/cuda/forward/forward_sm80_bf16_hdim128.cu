@@ -1,0 +1,8 @@
+#include "cuda/forward/launch_sm80.cuh"
+
+namespace chunkattn::cuda {
+
+template const char* launch_forward_sm80<__nv_bfloat16, 128>(const ForwardParams&, const VectorPaths&,
+                                                             const KernelPlan&, cudaStream_t);
+
+}  // namespace chunkattn::cuda

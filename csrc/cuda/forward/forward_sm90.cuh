@@ -1,0 +1,373 @@
+// The Hopper forward main loop: wgmma, TMA and warp specialisation (sm_90a).
+//
+// Thread blocks are persistent. Of the first warpgroup, warp 0 takes tiles from the schedule and loads K and V; its
+// other three warps prepare queries: they read them, rotate them for a regime and write them to the next free Q slot,
+// so that the rotation the next segment (or the next tile) needs is ready before its keys arrive. The other warpgroups
+// each own 64 rows of the tile and walk its key tiles with one softmax state that regimes do not interrupt. Everybody
+// waits on full/empty pairs of mbarriers: see Control.
+#pragma once
+
+#include "cuda/common/key_tiles.cuh"
+#include "cuda/common/mask.cuh"
+#include "cuda/common/query_tile.cuh"
+#include "cuda/common/softmax.cuh"
+#include "cuda/common/tile_schedule.h"
+#include "cuda/common/vector_paths.h"
+#include "cuda/forward/tile_sizes.h"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/warpgroup.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace chunkattn::cuda {
+
+// Position in a ring of buffers, with the parity of the current lap.
+template <int kSize>
+struct Ring {
+  int index = 0;
+  int lap = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++index == kSize) {
+      index = 0;
+      lap ^= 1;
+    }
+  }
+  __device__ __forceinline__ void wait_full(uint64_t* full) const { ptx::mbarrier_wait(full + index, lap); }
+  __device__ __forceinline__ void wait_empty(uint64_t* empty) const { ptx::mbarrier_wait(empty + index, lap ^ 1); }
+};
+
+// A tile of the schedule, decoded once for all warps of the block.
+struct TileWork {
+  int plane;  // batch * heads + head; -1 ends the kernel
+  int batch;
+  int head;
+  int kv_head;
+  int first_query;  // index of the tile's first row in q
+  QueryTile queries;
+  SegmentList segments;
+};
+
+template <typename T, int kHeadDim>
+struct ForwardSm90 {
+  using Sizes = ForwardSm90Tile<kHeadDim>;
+  static constexpr int kTileM = Sizes::kTileM;
+  static constexpr int kTileN = Sizes::kTileN;
+  static constexpr int kConsumers = Sizes::kConsumers;
+  static constexpr int kStages = Sizes::kStages;
+  static constexpr int kQueryStages = Sizes::kQueryStages;
+  static constexpr int kWorkStages = 4;  // the tile in work at either end, and the one published ahead
+  static constexpr int kThreads = (kConsumers + 1) * 128;
+  static constexpr int kConsumerWarps = kConsumers * 4;
+  static constexpr int kQueryThreads = 96;
+
+  using QueryShared = PanelTile<kTileM, kHeadDim>;
+  using KeyShared = PanelTile<kTileN, kHeadDim>;
+  using Logits = float[1][kTileN / 8][4];
+  using Output = float[1][kHeadDim / 8][4];
+  using Weights = uint32_t[kTileN / 16][4];  // P, rounded to T: the a operand of P V
+
+  struct Control {
+    uint64_t query_full[kQueryStages], query_empty[kQueryStages];
+    uint64_t key_full[kStages], key_empty[kStages];
+    uint64_t value_full[kStages], value_empty[kStages];
+    uint64_t work_full[kWorkStages], work_empty[kWorkStages];
+    TileWork work[kWorkStages];
+  };
+
+  static constexpr size_t kSharedBytes =
+      kQueryStages * QueryShared::kBytes + 2 * kStages * KeyShared::kBytes + sizeof(Control);
+
+  const ForwardParams& params;
+  const VectorPaths& vectorized;
+  uint32_t shared;  // Q slots, then K stages, then V stages
+  Control& control;
+
+  __device__ __forceinline__ QueryShared query_tile(int slot) const { return {shared + slot * QueryShared::kBytes}; }
+  __device__ __forceinline__ KeyShared key_tile(int stage) const {
+    return {shared + kQueryStages * QueryShared::kBytes + stage * KeyShared::kBytes};
+  }
+  __device__ __forceinline__ KeyShared value_tile(int stage) const { return key_tile(kStages + stage); }
+
+  __device__ __forceinline__ void init_barriers() const {
+    for (int i = 0; i < kQueryStages; ++i) {
+      ptx::mbarrier_init(control.query_full + i, kQueryThreads);
+      ptx::mbarrier_init(control.query_empty + i, kConsumerWarps);
+    }
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(control.key_full + i, 1);
+      ptx::mbarrier_init(control.key_empty + i, kConsumerWarps);
+      ptx::mbarrier_init(control.value_full + i, 1);
+      ptx::mbarrier_init(control.value_empty + i, kConsumerWarps);
+    }
+    for (int i = 0; i < kWorkStages; ++i) {
+      ptx::mbarrier_init(control.work_full + i, 1);
+      ptx::mbarrier_init(control.work_empty + i, kConsumerWarps + kQueryThreads / 32);
+    }
+    ptx::mbarrier_init_fence();
+  }
+
+  // One arrival per warp, once all its lanes are past.
+  static __device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+  }
+
+  __device__ __forceinline__ void publish(Ring<kWorkStages>& ring, const TileSchedule& schedule, int64_t index) const {
+    ring.wait_empty(control.work_empty);
+    TileWork& work = control.work[ring.index];
+    work.plane = -1;
+    if (index < schedule.count()) {
+      const TileSchedule::Item item = schedule.item(static_cast<int>(index));
+      const QueryTiling tiling{params.geometry, params.first_position(), params.shape.seqlen_k, kTileM};
+      work.plane = item.plane;
+      work.batch = item.plane / params.shape.heads;
+      work.head = item.plane % params.shape.heads;
+      work.kv_head = work.head / (params.shape.heads / params.shape.kv_heads);
+      work.queries = tiling.tile(item.tile);
+      work.first_query = work.queries.begin - params.first_position();
+      work.segments = params.geometry.segments(work.queries);
+    }
+    ptx::mbarrier_arrive(control.work_full + ring.index);
+    ring.advance();
+  }
+
+  static __device__ __forceinline__ void load_tile(const KeyShared& tile, const CUtensorMap* map, uint64_t* full,
+                                                   int token, const TileWork& work) {
+    ptx::mbarrier_arrive_expect(full, KeyShared::kBytes);
+#pragma unroll
+    for (int panel = 0; panel < KeyShared::kPanels; ++panel) {
+      ptx::tma_load_4d(tile.base + panel * KeyShared::kPanelBytes, map, full, panel * 64, token, work.kv_head,
+                       work.batch);
+    }
+  }
+
+  // One thread. K runs a tile ahead of V, in the order the consumers free them.
+  __device__ __forceinline__ void load_keys_and_values(const CUtensorMap* key_map, const CUtensorMap* value_map,
+                                                       const TileSchedule& schedule, int* tile_counter) const {
+    Ring<kWorkStages> published;
+    Ring<kWorkStages> ring;
+    Ring<kStages> keys, values;
+    publish(published, schedule, blockIdx.x);
+    while (true) {
+      const TileWork& work = control.work[ring.index];
+      if (work.plane < 0) return;
+      int pending = -1;  // the tile whose keys are under way and whose values are not
+      for (KeyTileWalk<kTileN> walk(work.segments, work.queries.begin);; walk.advance()) {
+        const int token = walk.done() ? -1 : walk.tile().begin;
+        if (token >= 0) {
+          keys.wait_empty(control.key_empty);
+          load_tile(key_tile(keys.index), key_map, control.key_full + keys.index, token, work);
+          keys.advance();
+        }
+        // The next tile is announced once this one's first keys are on their way.
+        if (pending < 0) publish(published, schedule, static_cast<int64_t>(gridDim.x) + atomicAdd(tile_counter, 1));
+        if (pending >= 0) {
+          values.wait_empty(control.value_empty);
+          load_tile(value_tile(values.index), value_map, control.value_full + values.index, pending, work);
+          values.advance();
+        }
+        if (token < 0) break;
+        pending = token;
+      }
+      ring.advance();
+    }
+  }
+
+  // kQueryThreads threads.
+  __device__ __forceinline__ void prepare_queries(int thread) const {
+    Ring<kWorkStages> ring;
+    Ring<kQueryStages> slot;
+    while (true) {
+      ring.wait_full(control.work_full);
+      const TileWork& work = control.work[ring.index];
+      if (work.plane < 0) return;
+      const T* q = static_cast<const T*>(params.q) + work.batch * params.q_strides.batch +
+                   work.head * params.q_strides.head + work.first_query * params.q_strides.seq;
+      for (int segment = 0; segment < work.segments.count; ++segment) {
+        slot.wait_empty(control.query_empty);
+        load_queries<kTileM, kQueryThreads, Sizes::kQueryBatch>(query_tile(slot.index), params, q, work.queries,
+                                                                work.segments.items[segment].regime,
+                                                                vectorized.rotation, thread);
+        ptx::fence_async_proxy();
+        ptx::mbarrier_arrive(control.query_full + slot.index);
+        slot.advance();
+      }
+      arrive_warp(control.work_empty + ring.index);
+      ring.advance();
+    }
+  }
+
+  // Starts S = Q K^T for the warpgroup's 64 rows.
+  static __device__ __forceinline__ void start_logits(Logits& logits, const QueryShared& q, const KeyShared& k,
+                                                      int warpgroup) {
+    const uint64_t a = ptx::descriptor_k_major(q.base + warpgroup * 64 * 128);
+    const uint64_t b = ptx::descriptor_k_major(k.base);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const int panel = step / 4, inside = step % 4 * 32;
+      ptx::Wgmma<T, kTileN>::ss(logits[0], a + (panel * QueryShared::kPanelBytes + inside) / 16,
+                                b + (panel * KeyShared::kPanelBytes + inside) / 16, step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Starts O += P V.
+  static __device__ __forceinline__ void start_output(Output& output, const Weights& weights, const KeyShared& v) {
+    const uint64_t b = ptx::descriptor_n_major(v.base, KeyShared::kPanelBytes);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kTileN / 16; ++step) {
+      ptx::Wgmma<T, kHeadDim>::rs(output[0], weights[step], b + step * 16 * 128 / 16);
+    }
+    ptx::wgmma_commit();
+  }
+
+  static __device__ __forceinline__ void round_weights(Weights& weights, const Logits& p) {
+#pragma unroll
+    for (int step = 0; step < kTileN / 16; ++step) pack_operand<T>(weights[step], p[0], step);
+  }
+
+  // The consumer warpgroups take turns at the tensor cores: while one multiplies, the others do their softmax.
+  static constexpr int kTurnBarrier = 1;                           // + warpgroup
+  static constexpr int kStoreBarrier = kTurnBarrier + kConsumers;  // + warpgroup
+  static __device__ __forceinline__ void wait_turn(int warpgroup) {
+    ptx::named_barrier_sync(kTurnBarrier + warpgroup, 256);
+  }
+  static __device__ __forceinline__ void pass_turn(int warpgroup) {
+    ptx::named_barrier_arrive(kTurnBarrier + (warpgroup + 1 == kConsumers ? 0 : warpgroup + 1), 256);
+  }
+
+  struct ConsumerRings {
+    Ring<kQueryStages> queries;
+    Ring<kStages> keys, values;
+  };
+
+  __device__ __forceinline__ void attend(const TileWork& work, int warpgroup, ConsumerRings& rings) const {
+    const float scale_log2 = logit_scale(params, work.batch) * kLog2E;
+    const int warp_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
+    Output output = {};
+    Logits logits;
+    Weights weights;
+    float shrink[1][2];
+    OnlineSoftmax<1> softmax;
+    KeyTileWalk<kTileN> walk(work.segments, work.queries.begin);
+    const auto softmax_step = [&] {
+      const KeyTile tile = walk.tile();
+      if (tile.causal || tile.valid < kTileN) hide_keys(logits, tile, work.queries.begin + warp_row);
+      softmax.update(logits, scale_log2, shrink);
+    };
+    rings.queries.wait_full(control.query_full);
+    rings.keys.wait_full(control.key_full);
+    // Moves on to the next key tile, and with the segment to the queries rotated for it.
+    const auto advance = [&] {
+      if (!walk.advance_in_segment()) {
+        if (!walk.open_segment()) return false;
+        arrive_warp(control.query_empty + rings.queries.index);
+        rings.queries.advance();
+        rings.queries.wait_full(control.query_full);
+      }
+      rings.keys.wait_full(control.key_full);
+      return true;
+    };
+    const auto release_keys = [&] {
+      arrive_warp(control.key_empty + rings.keys.index);
+      rings.keys.advance();
+    };
+    const auto release_values = [&] {
+      arrive_warp(control.value_empty + rings.values.index);
+      rings.values.advance();
+    };
+
+    start_logits(logits, query_tile(rings.queries.index), key_tile(rings.keys.index), warpgroup);
+    ptx::wgmma_wait<0>();
+    ptx::pin(logits[0]);
+    release_keys();
+    softmax_step();
+    round_weights(weights, logits);
+
+    for (bool more = advance(); more;) {
+      rings.values.wait_full(control.value_full);
+      wait_turn(warpgroup);
+      start_logits(logits, query_tile(rings.queries.index), key_tile(rings.keys.index), warpgroup);
+      start_output(output, weights, value_tile(rings.values.index));
+      pass_turn(warpgroup);
+      ptx::wgmma_wait<1>();
+      ptx::pin(logits[0]);
+      release_keys();
+      softmax_step();
+      // The softmax is to run while P V does. ptxas moves a wait up over arithmetic that does not need it, but not over
+      // the branches of advance(); the pin keeps the arithmetic on this side of them.
+      ptx::pin(logits[0]);
+      more = advance();
+      ptx::wgmma_wait<0>();
+      ptx::pin(output[0]);
+      release_values();
+      round_weights(weights, logits);
+      scale_rows(output, shrink);
+    }
+
+    rings.values.wait_full(control.value_full);
+    start_output(output, weights, value_tile(rings.values.index));
+    ptx::wgmma_wait<0>();
+    ptx::pin(output[0]);
+    release_values();
+
+    float normalise[1][2], lse[1][2];
+    softmax.finish(scale_log2, normalise, lse);
+    scale_rows(output, normalise);
+    const int valid = work.queries.end - work.queries.begin;
+    T* out = static_cast<T*>(params.out) + work.batch * params.out_strides.batch + work.head * params.out_strides.head +
+             work.first_query * params.out_strides.seq;
+    // The warpgroup's rows of the last Q slot carry the output, once none of its warps multiplies from them any more.
+    ptx::named_barrier_sync(kStoreBarrier + warpgroup, 128);
+    store_output(query_tile(rings.queries.index), output, out, params.out_strides.seq, warp_row, valid,
+                 params.shape.head_dim, vectorized.out);
+    arrive_warp(control.query_empty + rings.queries.index);
+    rings.queries.advance();
+    store_lse(lse, params.softmax_lse + static_cast<int64_t>(work.plane) * params.shape.seqlen_q + work.first_query,
+              warp_row, valid);
+  }
+
+  __device__ __forceinline__ void consume(int warpgroup) const {
+    Ring<kWorkStages> ring;
+    ConsumerRings rings;
+    if (warpgroup == kConsumers - 1) pass_turn(warpgroup);
+    while (true) {
+      ring.wait_full(control.work_full);
+      const TileWork& work = control.work[ring.index];
+      if (work.plane < 0) return;
+      attend(work, warpgroup, rings);
+      arrive_warp(control.work_empty + ring.index);
+      ring.advance();
+    }
+  }
+
+  static __device__ __forceinline__ void run(const ForwardParams& params, const VectorPaths& vectorized,
+                                             const TileSchedule& schedule, const CUtensorMap& key_map,
+                                             const CUtensorMap& value_map, int* tile_counter) {
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    constexpr size_t kControlOffset = kSharedBytes - sizeof(Control);
+    const ForwardSm90 self{params, vectorized, ptx::shared_address(shared_memory),
+                           *reinterpret_cast<Control*>(shared_memory + kControlOffset)};
+    const int warpgroup = threadIdx.x / 128;
+    if (threadIdx.x == 0) self.init_barriers();
+    __syncthreads();
+    if (warpgroup == 0) {
+      ptx::registers_decrease<Sizes::kProducerRegisters>();
+      if (threadIdx.x >= 32) {
+        self.prepare_queries(threadIdx.x - 32);
+      } else if (threadIdx.x == 0) {
+        ptx::prefetch_tensor_map(&key_map);
+        ptx::prefetch_tensor_map(&value_map);
+        self.load_keys_and_values(&key_map, &value_map, schedule, tile_counter);
+      }
+    } else {
+      ptx::registers_increase<Sizes::kConsumerRegisters>();
+      self.consume(warpgroup - 1);
+    }
+  }
+};
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,8 @@
+#include "cuda/forward/launch_sm90.cuh"
+
+namespace chunkattn::cuda {
+
+template const char* launch_forward_sm90<__half, 128>(const ForwardParams&, const VectorPaths&, const KernelPlan&,
+                                                      cudaStream_t);
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,22 @@
+// The launchers that the instantiation files define, one file per kernel, element type and head_dim.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/common/vector_paths.h"
+#include "cuda/forward/plan.h"
+#include "params.h"
+
+namespace chunkattn::cuda {
+
+// Each returns null, or a sentence that says what failed.
+template <typename T, int kHeadDim>
+const char* launch_forward_sm80(const ForwardParams& params, const VectorPaths& vectorized, const KernelPlan& plan,
+                                cudaStream_t stream);
+
+// Needs aligned rows of k and v (vector_paths.h) and params.tile_counter.
+template <typename T, int kHeadDim>
+const char* launch_forward_sm90(const ForwardParams& params, const VectorPaths& vectorized, const KernelPlan& plan,
+                                cudaStream_t stream);
+
+}  // namespace chunkattn::cuda

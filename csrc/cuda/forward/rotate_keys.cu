@@ -1,0 +1,79 @@
+// Rotates raw keys, each by row position % stride of the table, into a copy of their own.
+#include <cuda_runtime.h>
+
+#include "cuda/common/rotary.cuh"
+#include "kernels.h"
+
+namespace chunkattn::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+
+__host__ __device__ inline int units_per_row(int head_dim) { return (head_dim + 2 * kChunk - 1) / (2 * kChunk); }
+
+// One thread per unit of a row (rotary.cuh), or per 16 elements where rows are not aligned.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) rotate_keys_kernel(const __grid_constant__ ForwardParams params, T* rotated,
+                                                               const Strides rotated_strides, bool vectorized) {
+  const int head_dim = params.shape.head_dim;
+  const int units = units_per_row(head_dim);
+  const int64_t per_batch = static_cast<int64_t>(params.shape.seqlen_k) * params.shape.kv_heads * units;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= per_batch) return;
+  const int unit_index = static_cast<int>(index % units);
+  const int64_t token_head = index / units;
+  const int head = static_cast<int>(token_head % params.shape.kv_heads);
+  const int position = static_cast<int>(token_head / params.shape.kv_heads);
+  const int row = params.geometry.key_row(position);
+  for (int batch = blockIdx.y; batch < params.shape.batch; batch += gridDim.y) {
+    const T* source = static_cast<const T*>(params.k) + batch * params.k_strides.batch +
+                      position * params.k_strides.seq + head * params.k_strides.head;
+    T* destination =
+        rotated + batch * rotated_strides.batch + position * rotated_strides.seq + head * rotated_strides.head;
+    if (vectorized) {
+      const RotaryUnit unit = rotary_unit(params.rotary, unit_index);
+      const bool has_second = unit.second < head_dim;
+      uint4 first = load_chunk(source, unit.first);
+      uint4 second = has_second ? load_chunk(source, unit.second) : uint4{0, 0, 0, 0};
+      rotate_unit<T>(first, second, unit, params.rotary, row);
+      *reinterpret_cast<uint4*>(destination + unit.first) = first;
+      if (has_second) *reinterpret_cast<uint4*>(destination + unit.second) = second;
+    } else {
+      const int begin = unit_index * 2 * kChunk;
+      for (int d = begin; d < head_dim && d < begin + 2 * kChunk; ++d) {
+        destination[d] = from_float<T>(rotated_element(source, d, params.rotary, row));
+      }
+    }
+  }
+}
+
+template <typename T>
+const char* launch(const ForwardParams& params, void* rotated, const Strides& rotated_strides, cudaStream_t stream) {
+  const int head_dim = params.shape.head_dim;
+  const int64_t threads = static_cast<int64_t>(params.shape.seqlen_k) * params.shape.kv_heads * units_per_row(head_dim);
+  const int64_t blocks = (threads + kThreads - 1) / kThreads;
+  if (blocks > INT32_MAX) return "k has too many elements for one launch";
+  const dim3 grid(static_cast<unsigned>(blocks), params.shape.batch < 65535 ? params.shape.batch : 65535);
+  const bool vectorized = rows_aligned(params.k, params.k_strides, head_dim) &&
+                          rows_aligned(rotated, rotated_strides, head_dim) && rotation_aligned(params.rotary);
+  rotate_keys_kernel<T><<<grid, kThreads, 0, stream>>>(params, static_cast<T*>(rotated), rotated_strides, vectorized);
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace
+
+const char* rotate_keys(const ForwardParams& params, void* rotated, const Strides& rotated_strides, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  switch (params.dtype) {
+    case DataType::kBFloat16:
+      return launch<__nv_bfloat16>(params, rotated, rotated_strides, cuda_stream);
+    case DataType::kFloat16:
+      return launch<__half>(params, rotated, rotated_strides, cuda_stream);
+    default:
+      return "chunkattn's CUDA kernels take bfloat16 and float16";
+  }
+}
+
+}  // namespace chunkattn::cuda

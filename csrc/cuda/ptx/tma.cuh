@@ -1,0 +1,27 @@
+// Bulk tensor copies by the Hopper copy engine (sm_90).
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cuda/ptx/mma_sync.cuh"
+
+namespace chunkattn::ptx {
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
+// Copies the map's box at the given coordinates (innermost first) to shared memory; what lies outside the tensor
+// arrives as zeros. The bytes are counted on `barrier`.
+__device__ __forceinline__ void tma_load_4d(uint32_t shared, const CUtensorMap* map, uint64_t* barrier, int c0, int c1,
+                                            int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];\n" ::"r"(shared),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+}  // namespace chunkattn::ptx

@@ -1,0 +1,156 @@
+// Position rules of Dual Chunk Attention: which keys a query sees, in which regime, at which rows of the rotary table.
+// Shared by CPU code, CUDA code, C++ tests and Python introspection. No torch, no CUDA types.
+//
+// Positions are absolute token indices. A query n of seqlen_q sits at position seqlen_k - seqlen_q + n
+// (bottom-right aligned); with that one rule prefill, chunked prefill and decoding need no cases of their own.
+// Source: arXiv 2402.17463, with s = chunk_size, w = local_size and the stride c = s - w.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define CHUNKATTN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define CHUNKATTN_HOST_DEVICE inline
+#endif
+
+namespace chunkattn {
+
+// How many chunks the key lies before the query.
+enum class Regime : int {
+  kIntra = 0,  // the same chunk, causal
+  kSucc = 1,   // the chunk before
+  kInter = 2,  // every earlier chunk
+};
+
+enum class Mask : int {
+  kNone = 0,    // every query of the tile sees every key of the segment
+  kCausal = 1,  // a query sees the keys up to its own position
+};
+
+// A contiguous range of keys, attended with one rotation of Q.
+struct Segment {
+  int key_begin;
+  int key_end;
+  Regime regime;
+  Mask mask;
+};
+
+// The key segments of one query tile, nearest first. At most one per regime.
+struct SegmentList {
+  Segment items[3];
+  int count;
+};
+
+// Positions [begin, end) of queries that lie in one chunk.
+struct QueryTile {
+  int begin;
+  int end;
+};
+
+struct ChunkGeometry {
+  int chunk_size;  // s
+  int local_size;  // w, 0 < w < s
+
+  CHUNKATTN_HOST_DEVICE int stride() const { return chunk_size - local_size; }
+
+  CHUNKATTN_HOST_DEVICE int chunk_begin(int position) const { return position - position % stride(); }
+
+  CHUNKATTN_HOST_DEVICE int key_row(int position) const { return position % stride(); }
+
+  CHUNKATTN_HOST_DEVICE Regime regime(int query_position, int key_position) const {
+    const int distance = query_position / stride() - key_position / stride();
+    return distance == 0 ? Regime::kIntra : distance == 1 ? Regime::kSucc : Regime::kInter;
+  }
+
+  // The table row of a query in a regime. Rows stop at chunk_size, inclusive: the table has chunk_size + 1 rows.
+  CHUNKATTN_HOST_DEVICE int query_row(Regime regime, int position) const {
+    return query_row_in_chunk(regime, position % stride());
+  }
+
+  // The same from the query's index in its chunk.
+  CHUNKATTN_HOST_DEVICE int query_row_in_chunk(Regime regime, int index) const {
+    if (regime == Regime::kIntra) return index;
+    const int far = regime == Regime::kSucc ? index + stride() : 2 * stride() - 1;
+    return far < chunk_size ? far : chunk_size;
+  }
+
+  // The table row by which a query is still to be rotated. Rotations compose, so a query that arrives rotated
+  // at its intra row needs only the difference.
+  CHUNKATTN_HOST_DEVICE int query_rotation(Regime regime, int position, bool already_rotated) const {
+    return query_rotation_in_chunk(regime, position % stride(), already_rotated);
+  }
+
+  CHUNKATTN_HOST_DEVICE int query_rotation_in_chunk(Regime regime, int index, bool already_rotated) const {
+    return query_row_in_chunk(regime, index) - (already_rotated ? index : 0);
+  }
+
+  // True when succ and inter use the same row for the query and are therefore one range of keys.
+  CHUNKATTN_HOST_DEVICE bool far_regimes_agree(int position) const {
+    return query_row(Regime::kSucc, position) == query_row(Regime::kInter, position);
+  }
+
+  // The segments of a tile. The tile must lie in one chunk: see QueryTiling. Within a chunk the succ row rises with the
+  // position until it meets the inter row, so regimes that agree at the tile's first query agree at all of its queries.
+  CHUNKATTN_HOST_DEVICE SegmentList segments(QueryTile tile) const {
+    const int chunk = chunk_begin(tile.begin);
+    SegmentList list;
+    list.items[0] = {chunk, tile.end, Regime::kIntra, Mask::kCausal};
+    list.count = 1;
+    if (chunk == 0) return list;
+    if (far_regimes_agree(tile.begin)) {
+      list.items[1] = {0, chunk, Regime::kInter, Mask::kNone};
+      list.count = 2;
+      return list;
+    }
+    list.items[1] = {chunk - stride(), chunk, Regime::kSucc, Mask::kNone};
+    list.count = 2;
+    if (chunk > stride()) {
+      list.items[2] = {0, chunk - stride(), Regime::kInter, Mask::kNone};
+      list.count = 3;
+    }
+    return list;
+  }
+};
+
+// Cuts the query positions [begin, end) into tiles of at most `size` queries, none across a chunk boundary: a tile
+// that did would need two rows of Q for one key. Constant time per tile, so that kernels can ask for any tile.
+struct QueryTiling {
+  ChunkGeometry geometry;
+  int begin;
+  int end;
+  int size;
+
+  CHUNKATTN_HOST_DEVICE static int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+  // The first chunk may start late: its tiles are counted from `begin`.
+  CHUNKATTN_HOST_DEVICE int first_chunk_end() const {
+    const int64_t chunk_end = static_cast<int64_t>(geometry.chunk_begin(begin)) + geometry.stride();
+    return chunk_end < end ? static_cast<int>(chunk_end) : end;
+  }
+
+  CHUNKATTN_HOST_DEVICE int count() const {
+    if (begin >= end) return 0;
+    const int first = ceil_div(first_chunk_end() - begin, size);
+    const int rest = end - first_chunk_end();
+    const int per_chunk = ceil_div(geometry.stride(), size);
+    return first + rest / geometry.stride() * per_chunk + ceil_div(rest % geometry.stride(), size);
+  }
+
+  CHUNKATTN_HOST_DEVICE QueryTile tile(int index) const {
+    const int first = ceil_div(first_chunk_end() - begin, size);
+    int chunk_from = begin;
+    int chunk_to = first_chunk_end();
+    if (index >= first) {
+      const int per_chunk = ceil_div(geometry.stride(), size);
+      const int chunk = (index - first) / per_chunk;
+      index = (index - first) % per_chunk;
+      chunk_from = first_chunk_end() + chunk * geometry.stride();
+      chunk_to = end - chunk_from < geometry.stride() ? end : chunk_from + geometry.stride();
+    }
+    const int from = chunk_from + index * size;
+    return {from, chunk_to - from < size ? chunk_to : from + size};
+  }
+};
+
+}  // namespace chunkattn

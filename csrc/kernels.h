@@ -1,0 +1,33 @@
+// Every entry point the bindings and the microbenchmark call. No torch, no CUDA headers.
+#pragma once
+
+#include <cstddef>
+
+#include "params.h"
+
+namespace chunkattn {
+
+namespace cpu {
+
+// Runs body(context, begin, end) over disjoint parts of [0, count), each on one thread of the caller's pool.
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t count, ParallelBody body, void* context);
+
+void dca_forward(const ForwardParams& params, ParallelFor parallel_for);
+void dca_backward(const BackwardParams& params, ParallelFor parallel_for);
+
+}  // namespace cpu
+
+namespace cuda {
+
+// Launches return null, or a sentence that says what failed. `stream` is a cudaStream_t.
+// Keys of dca_forward must be rotated: rotate_keys writes a rotated copy.
+const char* rotate_keys(const ForwardParams& params, void* rotated, const Strides& rotated_strides, void* stream);
+const char* dca_forward(const ForwardParams& params, void* stream);
+
+// For tests and benchmarks: makes every later forward call take this kernel ("auto", "portable" or "hopper").
+const char* force_kernel(const char* name);
+
+}  // namespace cuda
+
+}  // namespace chunkattn

@@ -1,0 +1,71 @@
+// What every kernel, CPU or CUDA, is handed. Plain structs: no torch, no CUDA types.
+// Strides are in elements; the last dimension is always contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "geometry.h"
+
+namespace chunkattn {
+
+enum class DataType : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+struct Strides {
+  int64_t batch;
+  int64_t seq;
+  int64_t head;
+};
+
+struct RotaryTable {
+  const float* cos;    // [>= chunk_size + 1, rotary_dim / 2]
+  const float* sin;    // the same shape and strides
+  int64_t row_stride;  // of both
+  int rotary_dim;      // rotated dimensions of the head; the rest pass through
+  bool interleaved;    // pairs (2d, 2d + 1) instead of (d, d + rotary_dim / 2)
+};
+
+struct AttentionShape {
+  int batch;
+  int seqlen_q;
+  int seqlen_k;
+  int heads;
+  int kv_heads;
+  int head_dim;
+};
+
+struct ForwardParams {
+  const void* q;       // [batch, seqlen_q, heads, head_dim]
+  const void* k;       // [batch, seqlen_k, kv_heads, head_dim]
+  const void* v;       // [batch, seqlen_k, kv_heads, head_dim]
+  void* out;           // [batch, seqlen_q, heads, head_dim]
+  float* softmax_lse;  // [batch, heads, seqlen_q], contiguous, natural logarithm
+  Strides q_strides;
+  Strides k_strides;
+  Strides v_strides;
+  Strides out_strides;
+  AttentionShape shape;
+  DataType dtype;  // of q, k, v and out
+  ChunkGeometry geometry;
+  RotaryTable rotary;
+  double scale;              // of the logits
+  const float* temperature;  // [batch], multiplies scale; null means 1
+  bool q_rotated;            // queries arrive rotated at row position % stride
+  bool k_rotated;            // keys arrive rotated at row position % stride
+  int* tile_counter;         // [1], workspace of CUDA kernels that hand out tiles as they run; else null
+
+  CHUNKATTN_HOST_DEVICE int first_position() const { return shape.seqlen_k - shape.seqlen_q; }
+};
+
+struct BackwardParams {
+  ForwardParams forward;  // its out and softmax_lse are inputs here
+  const void* dout;       // [batch, seqlen_q, heads, head_dim]
+  void* dq;               // [batch, seqlen_q, heads, head_dim]
+  void* dk;               // [batch, seqlen_k, kv_heads, head_dim]
+  void* dv;               // [batch, seqlen_k, kv_heads, head_dim]
+  Strides dout_strides;
+  Strides dq_strides;
+  Strides dk_strides;
+  Strides dv_strides;
+};
+
+}  // namespace chunkattn

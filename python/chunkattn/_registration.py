@@ -1,0 +1,108 @@
+"""What torch needs to know about the operators beyond their kernels: shapes, gradients and autocast."""
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from chunkattn import _ops  # noqa: F401  defines the operators
+
+# Device types with a dca_backward kernel.
+DIFFERENTIABLE_DEVICES = ("cpu",)
+
+_library = Library("chunkattn", "FRAGMENT")
+
+
+def check_gradients(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, temperature: Tensor | None) -> None:
+    """Raises NotImplementedError when autograd would need a gradient that no kernel computes."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in (("cos", cos), ("sin", sin), ("temperature", temperature)):
+        if tensor is not None and tensor.requires_grad:
+            raise NotImplementedError(
+                f"chunkattn: {name} requires grad, but gradients exist for q, k and v only; detach it"
+            )
+    if q.device.type not in DIFFERENTIABLE_DEVICES:
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if tensor.requires_grad:
+                raise NotImplementedError(
+                    f"chunkattn: {name} requires grad on {q.device}, but gradients exist on "
+                    f"{', '.join(DIFFERENTIABLE_DEVICES)} only; detach it or use torch.no_grad()"
+                )
+
+
+def _check_devices(q: Tensor, **others: Tensor | None) -> None:
+    """On real tensors the kernels check this; a meta tensor among them brings the call here instead."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"chunkattn: {name} must be on the device of q, {q.device}, got {tensor.device}")
+
+
+@register_fake("chunkattn::dca")
+def _dca_fake(
+    q, k, v, cos, sin, chunk_size, local_size, scale=None, temperature=None,
+    interleaved=False, q_rotated=False, k_rotated=False,
+):  # fmt: skip
+    _check_devices(q, k=k, v=v, cos=cos, sin=sin, temperature=temperature)
+    batch, seqlen_q, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+
+
+@register_fake("chunkattn::dca_backward")
+def _dca_backward_fake(
+    dout, q, k, v, out, softmax_lse, cos, sin, chunk_size, local_size, scale=None, temperature=None,
+    interleaved=False, q_rotated=False, k_rotated=False,
+):  # fmt: skip
+    _check_devices(
+        q, dout=dout, k=k, v=v, out=out, softmax_lse=softmax_lse, cos=cos, sin=sin, temperature=temperature
+    )
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _dca_setup_context(ctx, inputs, output) -> None:
+    q, k, v, cos, sin, chunk_size, local_size, scale, temperature, *flags = inputs
+    check_gradients(q, k, v, cos, sin, temperature)
+    out, softmax_lse = output
+    ctx.mark_non_differentiable(softmax_lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, softmax_lse, cos, sin, temperature)
+    ctx.options = (chunk_size, local_size, scale), flags
+
+
+def _dca_backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * len(ctx.needs_input_grad)
+    *tensors, temperature = ctx.saved_tensors
+    sizes, flags = ctx.options
+    if dout.stride(-1) != 1:  # expanded, as by sum()
+        dout = dout.contiguous()
+    grads = torch.ops.chunkattn.dca_backward(dout, *tensors, *sizes, temperature, *flags)
+    return *grads, *(None for _ in ctx.needs_input_grad[3:])
+
+
+def _dca_double_backward(ctx, *grads):
+    raise NotImplementedError("chunkattn: dca has no second derivative; call backward without create_graph=True")
+
+
+register_autograd("chunkattn::dca", _dca_backward, setup_context=_dca_setup_context)
+register_autograd("chunkattn::dca_backward", _dca_double_backward)
+
+
+def _autocast(device_type: str):
+    """q, k and v in the dtype of autocast; the table and the temperature stay float32."""
+
+    def dca(q, k, v, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.chunkattn.dca(*(_cast(tensor, device_type, dtype) for tensor in (q, k, v)), *rest)
+
+    return dca
+
+
+def _cast(tensor: Tensor, device_type: str, dtype: torch.dtype) -> Tensor:
+    """As torch does for its own operators: float64 and tensors of other devices are left alone."""
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.device.type == device_type
+    return tensor.to(dtype) if eligible else tensor
+
+
+_library.impl("dca", _autocast("cpu"), "AutocastCPU")
+_library.impl("dca", _autocast("cuda"), "AutocastCUDA")

@@ -1,0 +1,1 @@
+"""Dual Chunk Attention inside other libraries. Import the one you use: chunkattn.integrations.transformers."""

@@ -1,0 +1,344 @@
+"""The benchmark scripts on the CPU: what they compute, write and refuse. No speed is asserted."""
+
+import importlib
+import itertools
+import json
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from chunkattn import reference, rope_table
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
+common = importlib.import_module("common")
+peers = importlib.import_module("peers")
+benchmark_forward = importlib.import_module("benchmark_forward")
+gpu_session = importlib.import_module("gpu_session")
+sanitize_sweep = importlib.import_module("sanitize_sweep")
+
+ROW_FIELDS = {"impl", "pass", "batch", "heads", "kv_heads", "seq_q", "seq_k", "head_dim", "dtype", "chunk_size"}
+ROW_FIELDS |= {"local_size", "ms", "ms_spread", "tflops", "max_error"}
+HEADER_FIELDS = {"gpu", "driver", "torch", "cuda", "chunkattn", "git_tree", "dirty", "date", "ceilings"}
+
+
+@pytest.fixture
+def quick_ceilings(monkeypatch):
+    ceilings = {"matmul_tflops": 0.1, "matmul": "1^3 float32", "copy_gbps": 1.0}
+    monkeypatch.setattr(common, "measure_ceilings", lambda device, clock: ceilings)
+
+
+def run_forward(path, *arguments):
+    status = benchmark_forward.main(
+        [
+            "--device",
+            "cpu",
+            "--shape",
+            "s150-h4/2-d16",
+            "--seconds",
+            "0",
+            "--rounds",
+            "2",
+            "--json",
+            str(path),
+            *arguments,
+        ]
+    )
+    return status, json.loads(path.read_text())
+
+
+class TestShape:
+    @pytest.mark.parametrize("text", ["s8192-h32-d128", "s32768-h32/8-d128", "b2-s1/4096-h8-d64"])
+    def test_round_trip(self, text):
+        assert str(common.Shape.parse(text)) == text
+
+    def test_k_is_1024(self):
+        assert common.Shape.parse("s128k-h32/8-d128") == common.Shape(1, 32, 8, 131072, 131072, 128)
+
+    @pytest.mark.parametrize("text", ["8k-h32-d128", "s8-h3/2-d64", "s16/8-h1-d64", ""])
+    def test_refused(self, text):
+        with pytest.raises(ValueError, match=f"got '{text}'"):
+            common.Shape.parse(text)
+
+    def test_causal_flops(self):
+        shape = common.Shape.parse("b2-s1k-h3-d64")
+        assert shape.flops() == 2 * 2 * 3 * 1024 * 1024 * 64
+        assert shape.flops("backward") == 2.5 * shape.flops()
+        assert common.Shape.parse("s1/4k-h1-d64").flops() == pytest.approx(4 * 64 * 4096, rel=1e-3)
+
+
+def test_one_chunk_holds_all_keys():
+    assert common.DcaSetting.parse("one", 1000).stride == 1000
+    with pytest.raises(ValueError, match="got '8:8'"):
+        common.DcaSetting.parse("8:8", 1000)
+
+
+@pytest.mark.parametrize("seq", [1, 48, 49, 97, 150])
+@pytest.mark.parametrize(("chunk_size", "local_size"), [(64, 16), (64, 1), (112, 64)])
+def test_composed_dca_is_dca(seq, chunk_size, local_size):
+    setting = common.DcaSetting(chunk_size, local_size)
+    generator = torch.Generator().manual_seed(seq)
+    q, k, v = (torch.randn(2, seq, heads, 16, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    cos, sin = rope_table(chunk_size, 16)
+    out = peers.ComposedDca(peers.cpu_engine(), cos, sin, setting, seq)(q, k, v)
+    expected = reference.dca(q, k, v, cos, sin, chunk_size=chunk_size, local_size=local_size)
+    # The merge weighs by log-sum-exps, which torch's CPU attention gives in float32.
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [peers.cudnn_engine, peers.fa2_engine])
+@pytest.mark.parametrize("causal", [False, True])
+def test_cuda_engines_fit_the_schemas_of_torch(monkeypatch, make, causal):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    q = torch.empty(1, 300, 8, 64, device="meta", dtype=torch.bfloat16)
+    k = torch.empty(1, 300 if causal else 512, 2, 64, device="meta", dtype=torch.bfloat16)
+    out, lse = make().with_lse(q, k, k, causal)
+    assert out.shape == q.shape
+    assert lse.shape == (1, 8, 300)
+    assert lse.dtype == torch.float32
+
+
+def test_fa3_engine(monkeypatch, tmp_path):
+    calls = []
+
+    def fwd(q, k, v, *, is_causal):
+        calls.append(is_causal)
+        return q, q[..., 0].transpose(1, 2), None, None
+
+    with pytest.raises(peers.Absent, match="--fa3"):
+        peers.load_fa3(None)
+    with pytest.raises(peers.Absent, match=r"does not hold libcudart\.so\.12"):
+        peers.load_fa3(tmp_path)
+    monkeypatch.setattr(peers, "load_fa3", lambda folder: types.SimpleNamespace(fwd=fwd))
+    engine = peers.fa3_engine(tmp_path)
+    q = torch.zeros(1, 8, 2, 4)
+    assert engine.causal(q, q, q).shape == q.shape
+    assert engine.with_lse(q, q, q, False)[1].shape == (1, 2, 8)
+    assert calls == [True, False]
+
+
+def test_portable_kernel_is_given_back(monkeypatch):
+    forced = []
+    monkeypatch.setattr(torch.ops.chunkattn, "force_kernel", forced.append, raising=False)
+    with pytest.raises(RuntimeError), peers.portable_kernel():
+        raise RuntimeError
+    assert forced == ["portable", "auto"]
+
+
+def test_every_round_starts_with_another_function():
+    order = []
+    functions = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    timings = common.time_interleaved(functions, common.CpuClock(), rounds=3, seconds=0)
+    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab"
+    assert all(len(timing.samples) == 3 for timing in timings.values())
+
+
+def test_timing():
+    timing = common.Timing(tuple(range(101)))
+    assert (timing.ms, timing.spread) == (50, 80)
+
+
+def test_cuda_clock(monkeypatch):
+    ticks = itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(ticks)
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    properties = types.SimpleNamespace(L2_cache_size=64)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    clock = common.CudaClock("cpu")
+    assert clock.buffer.numel() * clock.buffer.element_size() == 4 * 64
+    assert clock(lambda: next(ticks), 3) == [2, 2, 2]
+
+
+def test_ceilings():
+    ceilings = common.measure_ceilings("cpu", common.CpuClock(), repeats=1)
+    assert ceilings["matmul_tflops"] > 0
+    assert ceilings["copy_gbps"] > 0
+
+
+def test_source_tree(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.delenv("CHUNKATTN_GIT_TREE", raising=False)
+    assert common.git_tree() == (None, None)
+    (tmp_path / ".git_tree").write_text("abc\n")
+    assert common.git_tree() == ("abc", False)
+    monkeypatch.setenv("CHUNKATTN_GIT_TREE", "def-dirty")
+    assert common.git_tree() == ("def", True)
+
+
+@pytest.mark.usefixtures("quick_ceilings")
+class TestForward:
+    def test_results(self, tmp_path, capsys):
+        status, results = run_forward(tmp_path / "forward.json", "--dca", "64:16", "one")
+        assert status == 0
+        assert results["header"].keys() >= HEADER_FIELDS
+        rows = [(row["impl"], row["chunk_size"], row["local_size"]) for row in results["rows"]]
+        assert rows == [
+            ("sdpa", None, None),
+            ("composed-sdpa", 64, 16),
+            ("chunkattn", 64, 16),
+            ("chunkattn", 662, 512),
+        ]
+        for row in results["rows"]:
+            assert row.keys() >= ROW_FIELDS
+            assert 0 < row["max_error"] < 0.02
+        assert {"fa3", "cudnn", "fa2", "flex", "composed-fa3", "chunkattn-portable"} <= results["absent"].keys()
+        assert "absent: fa3" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda out: out[:, -1].add_(0.1), "output is wrong"),
+            (lambda out: out[:, 70].fill_(torch.nan), "not written"),
+        ],
+    )
+    def test_wrong_output_is_not_timed(self, monkeypatch, tmp_path, spoil, message):
+        correct = peers.chunkattn_call
+
+        def make_call(*arguments):
+            def call():
+                out = correct(*arguments)()
+                spoil(out)
+                return out
+
+            return call
+
+        monkeypatch.setattr(peers, "chunkattn_call", make_call)
+        status, results = run_forward(tmp_path / "forward.json", "--dca", "64:16")
+        assert status == 1
+        assert [row["impl"] for row in results["rows"]] == ["sdpa", "composed-sdpa"]
+        assert [failure["impl"] for failure in results["failed"]] == ["chunkattn"]
+        assert message in results["failed"][0]["error"]
+
+    def test_broken_peer_does_not_stop_the_others(self, monkeypatch, tmp_path):
+        def broken(q, k, v):
+            raise RuntimeError("no kernel\nfor this shape")
+
+        engine = peers.Engine(broken, peers.cpu_engine().with_lse)
+        monkeypatch.setattr(peers, "cpu_engine", lambda: engine)
+        status, results = run_forward(tmp_path / "forward.json", "--dca", "64:16")
+        assert status == 0
+        assert [row["impl"] for row in results["rows"]] == ["composed-sdpa", "chunkattn"]
+        assert results["failed"][0]["error"] == "RuntimeError: no kernel"
+
+    def test_time_limit(self, tmp_path):
+        status, results = run_forward(tmp_path / "forward.json", "--time-limit", "1e-9")
+        assert status == 1
+        assert "time limit" in results["failed"][0]["error"]
+
+    def test_once_times_nothing(self, tmp_path):
+        status, results = run_forward(tmp_path / "forward.json", "--once", "--impls", "chunkattn")
+        assert (status, results["rows"]) == (0, [])
+
+
+class TestPlot:
+    @pytest.fixture
+    def results(self, tmp_path):
+        rows = []
+        timing = common.Timing((1.0, 1.1))
+        for text in ("s8k-h32-d128", "s16k-h32-d128", "s32k-h32/8-d128"):
+            shape = common.Shape.parse(text)
+            rows.append(common.make_row("fa3", "forward", shape, timing))
+            for impl, setting in (("composed-fa3", "3072:512"), ("chunkattn", "3072:512"), ("chunkattn", "one")):
+                setting = common.DcaSetting.parse(setting, shape.seq_k)
+                rows.append(common.make_row(impl, "forward", shape, timing, setting=setting, max_error=0.01))
+        path = tmp_path / "h100" / "forward.json"
+        common.write_results(path, common.make_header("forward", "cpu"), rows, {"cudnn": "not here"})
+        return path
+
+    def test_page_and_image(self, results, tmp_path):
+        plot = importlib.import_module("plot")
+        page = tmp_path / "docs" / "performance.md"
+        page.parent.mkdir()
+        page.write_text("# Speed\n\nBy hand.\n")
+        for _ in range(2):
+            assert plot.main([str(results), "--page", str(page)]) == 0
+        text = page.read_text()
+        assert text.startswith("# Speed\n\nBy hand.\n")
+        assert text.count("benchmark h100-forward: begin") == 1
+        assert "| 32/8 heads, d 128, bf16, 32,768 keys | 3072:512 |" in text
+        assert "cudnn (not here)" in text
+        assert "100.0%" in text
+        image = tmp_path / "docs" / "images" / "h100-forward.png"
+        assert image.read_bytes().startswith(b"\x89PNG")
+
+    def test_missing_end_marker(self):
+        plot = importlib.import_module("plot")
+        page = plot.replace_section("", "x", "text").replace("<!-- benchmark x: end -->", "")
+        with pytest.raises(ValueError, match="begin, generated"):
+            plot.replace_section(page, "x", "text")
+
+
+class TestGpuSession:
+    @pytest.fixture
+    def fake_tool(self, tmp_path):
+        """Stands for compute-sanitizer and ncu: fails when told to check for races, otherwise does nothing."""
+        tool = tmp_path / "tool"
+        tool.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *racecheck*) exit 9;; esac\n')
+        tool.chmod(0o755)
+        return str(tool)
+
+    @pytest.fixture(autouse=True)
+    def quick_description(self, monkeypatch):
+        monkeypatch.setattr(gpu_session, "describe_package", lambda environment: ("chunkattn", ""))
+
+    def run(self, tmp_path, *arguments):
+        output = tmp_path / "output"
+        status = gpu_session.main(["--output", str(output), *arguments])
+        summary = json.loads((output / "summary.json").read_text())
+        return status, {stage["stage"]: stage for stage in summary["stages"]}, output
+
+    def test_stages(self, monkeypatch, tmp_path, fake_tool):
+        monkeypatch.setattr(gpu_session, "find_tool", lambda name, *patterns: fake_tool)
+        arguments = ["--stages", "pytest", "sanitizer", "ncu", "--pytest-args=--version"]
+        status, stages, output = self.run(tmp_path, *arguments, "--sanitizer-tools", "racecheck,memcheck")
+        assert status == 1
+        assert {name: stage["status"] for name, stage in stages.items()} == {
+            "pytest": "passed",
+            "sanitizer": "failed",
+            "ncu": "passed",
+        }
+        log = (output / "sanitizer.log").read_text()
+        assert "--tool memcheck --report-api-errors no" in log, "a failed tool must not stop the next one"
+
+    def test_stage_without_its_tool_fails(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(gpu_session, "find_tool", lambda name, *patterns: None)
+        status, stages, _ = self.run(tmp_path, "--stages", "sanitizer")
+        assert status == 1
+        assert stages["sanitizer"]["detail"] == "compute-sanitizer was not found"
+
+    def test_limits(self, tmp_path):
+        sleep = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+        log = tmp_path / "log"
+        assert gpu_session.run_limited(sleep, log, 1) is None
+        assert "killed" in log.read_text()
+        assert gpu_session.run_limited([sys.executable, "-c", "raise SystemExit(3)"], log, 20) == 3
+
+    def test_wheel(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "demo-1.whl", "w") as wheel:
+            wheel.writestr("demo/__init__.py", "")
+        assert (gpu_session.install(str(tmp_path / "demo-*.whl"), tmp_path / "site") / "demo" / "__init__.py").is_file()
+        with pytest.raises(SystemExit, match="matches 0"):
+            gpu_session.install(str(tmp_path / "other-*.whl"), tmp_path / "site")
+
+
+def test_sanitizer_sweep(monkeypatch, capsys):
+    monkeypatch.setattr(sanitize_sweep, "PROBLEMS", [p for p in sanitize_sweep.PROBLEMS if p.seq_k < 150])
+    assert sanitize_sweep.main(["--device", "cpu"]) == 0
+    monkeypatch.setattr(sanitize_sweep, "run", lambda *_: (torch.tensor(torch.nan), torch.tensor(0.0)))
+    assert sanitize_sweep.main(["--device", "cpu"]) == 1
+    assert "WRONG" in capsys.readouterr().out

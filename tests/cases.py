@@ -1,0 +1,118 @@
+"""Inputs for the operators, and the comparison with the oracle that most tests make."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from tolerance import assert_within_rule
+from torch import Tensor
+
+import chunkattn
+from chunkattn._registration import DIFFERENTIABLE_DEVICES
+
+DTYPES = {
+    "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.bfloat16, torch.float16),
+}
+
+
+def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    return DTYPES[device.type]
+
+
+def has_backward(device: torch.device) -> bool:
+    return device.type in DIFFERENTIABLE_DEVICES
+
+
+@dataclass(frozen=True, repr=False)
+class Case:
+    """One call of dca. The defaults are small and meet every regime: c = 27, three and a half chunks."""
+
+    seqlen_q: int = 95
+    seqlen_k: int | None = None  # default: seqlen_q
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    rotary_dim: int | None = None  # default: head_dim, or one less if that is odd
+    chunk_size: int = 40
+    local_size: int = 13
+    scale: float | None = None
+    temperature: float | tuple[float, ...] | None = None
+    interleaved: bool = False
+    q_rotated: bool = False
+    k_rotated: bool = False
+
+    def __repr__(self) -> str:
+        """Names what differs from the defaults: the name of a parametrised test."""
+        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "default"
+
+    @property
+    def stride(self) -> int:
+        return self.chunk_size - self.local_size
+
+    def but(self, **changes) -> "Case":
+        return replace(self, **changes)
+
+    def inputs(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, standard normal, drawn in float64 on the CPU and rounded: the same numbers on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        seqlen_k = self.seqlen_q if self.seqlen_k is None else self.seqlen_k
+        q_shape = (self.batch, self.seqlen_q, self.heads, self.head_dim)
+        k_shape = (self.batch, seqlen_k, self.kv_heads, self.head_dim)
+        return tuple(
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+            for shape in (q_shape, k_shape, k_shape)
+        )
+
+    def options(self, device: torch.device) -> dict:
+        """The remaining arguments of chunkattn.dca, as keywords."""
+        rotary_dim = self.head_dim // 2 * 2 if self.rotary_dim is None else self.rotary_dim
+        cos, sin = chunkattn.rope_table(self.chunk_size, rotary_dim, device=device)
+        temperature = self.temperature
+        if isinstance(temperature, tuple):
+            temperature = torch.tensor(temperature, device=device)
+        return {
+            "cos": cos,
+            "sin": sin,
+            "chunk_size": self.chunk_size,
+            "local_size": self.local_size,
+            "scale": self.scale,
+            "temperature": temperature,
+            "interleaved": self.interleaved,
+            "q_rotated": self.q_rotated,
+            "k_rotated": self.k_rotated,
+        }
+
+
+def check_forward(qkv: tuple[Tensor, Tensor, Tensor], options: dict) -> Tensor:
+    """Calls dca, compares out and lse with the oracle, returns out."""
+    out, lse = chunkattn.dca(*qkv, **options, return_lse=True)
+    q = qkv[0]
+    assert out.dtype == q.dtype
+    assert out.is_contiguous()
+    assert lse.dtype == torch.float32
+    assert lse.is_contiguous()
+    oracle, oracle_lse = chunkattn.reference.dca(*(x.double() for x in qkv), **options, return_lse=True)
+    plain, plain_lse = chunkattn.reference.dca(*qkv, **options, return_lse=True)
+    assert_within_rule(out, oracle, plain, "out")
+    # lse is float32, but its logits carry the rounding of q and k after their rotation.
+    ulps = max(4.0, torch.finfo(q.dtype).eps / torch.finfo(torch.float32).eps / 2)
+    assert_within_rule(lse, oracle_lse, plain_lse, "lse", ulps)
+    return out
+
+
+def gradients(function, qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, options: dict) -> tuple[Tensor, ...]:
+    qkv = tuple(x.detach().requires_grad_() for x in qkv)
+    return torch.autograd.grad(function(*qkv, **options), qkv, dout)
+
+
+def check_backward(qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, options: dict) -> tuple[Tensor, ...]:
+    """Compares the gradients of dca with those autograd finds for the oracle, and returns them."""
+    grads = gradients(chunkattn.dca, qkv, dout, options)
+    oracle = gradients(chunkattn.reference.dca, tuple(x.double() for x in qkv), dout.double(), options)
+    plain = gradients(chunkattn.reference.dca, qkv, dout, options)
+    for name, ours, exact, torchs in zip(("dq", "dk", "dv"), grads, oracle, plain, strict=True):
+        assert ours.dtype == dout.dtype
+        assert_within_rule(ours, exact, torchs, name)
+    return grads

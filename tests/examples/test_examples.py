@@ -1,0 +1,210 @@
+"""The examples run: text collection, a few training steps, and the context demo."""
+
+import json
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import byte_model  # noqa: E402
+import corpus  # noqa: E402
+import extend_context  # noqa: E402
+import train_byte_llama  # noqa: E402
+from transformers import LlamaForCausalLM  # noqa: E402
+
+
+@pytest.fixture
+def site_packages(tmp_path, monkeypatch):
+    """An empty site-packages folder that is the only source of training text."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    monkeypatch.setattr(corpus, "package_roots", lambda: [folder])
+    return folder
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    config = byte_model.byte_llama_config()
+    config.update({"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1})
+    config.num_key_value_heads = 1
+    config.initializer_range = 0.5  # sharp attention: positions matter although nothing was learned
+    folder = tmp_path / "checkpoint"
+    byte_model.save(LlamaForCausalLM(config), folder, torch.bfloat16)
+    return folder
+
+
+def source_lines(name: str, count: int) -> bytes:
+    return b"".join(b"%s_%d = %d * offset\n" % (name.encode(), line, line) for line in range(count))
+
+
+def test_training_text_is_deduplicated_and_ordered_by_content(site_packages):
+    first, second = source_lines("first", 30), source_lines("second", 40)
+    for path, source in (("a/one.py", first), ("b/again.py", first), ("two.py", second), ("b/data.txt", b"text")):
+        (site_packages / path).parent.mkdir(exist_ok=True)
+        (site_packages / path).write_bytes(source)
+    text = corpus.training_text(10**6)
+    assert sorted(text.data.tobytes().split(b"\0")) == sorted([first, second, b""])
+    assert text.files == 2
+
+    (site_packages / "a/one.py").rename(site_packages / "z.py")
+    assert corpus.training_text(10**6).sha256 == text.sha256
+    assert len(corpus.training_text(len(text.data) - 1).data) < len(text.data)
+
+
+def test_training_text_leaves_out_copies_of_the_standard_library(site_packages):
+    library = (corpus.standard_library() / "argparse.py").read_bytes()
+    own = source_lines("own", 60)
+    (site_packages / "copy.py").write_bytes(library)
+    (site_packages / "backport.py").write_bytes(own + library[20000:24000] + own)
+    (site_packages / "own.py").write_bytes(own)
+    text = corpus.training_text(10**7)
+    assert text.data.tobytes() == own + b"\0"
+    assert text.copies_left_out == 2
+
+
+def test_package_roots_are_not_the_standard_library():
+    library = corpus.standard_library()
+    roots = corpus.package_roots()
+    assert roots
+    assert library not in roots
+    assert not any(root in library.parents for root in roots)
+
+
+def test_held_out_text_is_the_start_of_named_modules():
+    assert len(corpus.held_out_text(16384)) >= 50
+    modules = corpus.held_out_text(1000, 5)
+    assert list(modules) == sorted(modules)
+    assert len(modules) == 5
+    for name, text in modules.items():
+        assert text == (corpus.standard_library() / f"{name}.py").read_bytes()[:1000]
+    with pytest.raises(ValueError, match="must be between 1 and 62, all that have 1000 bytes"):
+        corpus.held_out_text(1000, len(corpus.HELD_OUT_MODULES) + 1)
+    with pytest.raises(ValueError, match="between 1 and 0, all that have 1000000000 bytes"):
+        corpus.held_out_text(10**9)
+
+
+def run_schedule(schedule, seconds_per_step, monkeypatch):
+    """The learning rates of a schedule whose steps take `seconds_per_step(step)`; the last element is the time used."""
+    clock, rates = 0.0, []
+    monkeypatch.setattr(train_byte_llama.time, "monotonic", lambda: clock)
+    while schedule.remaining:
+        rates.append(schedule.next_rate())
+        clock += seconds_per_step(schedule.done)
+        if schedule.done % 100 == 0:
+            schedule.fit(seconds_per_step(schedule.done))
+    return rates, clock
+
+
+def test_schedule_warms_up_and_ends_the_cosine(monkeypatch):
+    rates, _ = run_schedule(train_byte_llama.Schedule(8000, peak=2.0), lambda step: 0.01, monkeypatch)
+    assert len(rates) == 8000
+    assert rates[0] < 0.01
+    assert max(rates) == pytest.approx(2.0, rel=0.02)
+    assert rates.index(max(rates)) == train_byte_llama.WARMUP_STEPS - 1
+    assert rates[4000] == pytest.approx(2.0 * (1 + train_byte_llama.FINAL_RATE) / 2, rel=0.01)
+    assert rates[-1] == pytest.approx(2.0 * train_byte_llama.FINAL_RATE)
+
+
+def test_deadline_shortens_the_schedule_and_still_ends_the_cosine(monkeypatch):
+    # The device turns slower halfway.
+    schedule = train_byte_llama.Schedule(10_000, peak=1.0, deadline=60.0)
+    rates, seconds = run_schedule(schedule, lambda step: 0.02 if step < 1000 else 0.03, monkeypatch)
+    assert len(rates) == pytest.approx(1000 + 40 / 0.03, abs=5)
+    assert 59.0 < seconds <= 60.1
+    assert rates[-1] == pytest.approx(train_byte_llama.FINAL_RATE)
+    assert max(abs(after - before) for before, after in pairwise(rates)) < 0.01
+
+    unhurried = train_byte_llama.Schedule(1000, peak=1.0, deadline=1e6)
+    assert len(run_schedule(unhurried, lambda step: 0.02, monkeypatch)[0]) == 1000
+
+
+def test_training_lowers_the_loss_and_writes_a_checkpoint(site_packages, tmp_path):
+    # The embedding learns which bytes occur within a few steps.
+    (site_packages / "module.py").write_bytes(source_lines("value", 30_000))
+    output = tmp_path / "trained"
+    options = ["--steps", "3", "--batch", "1", "--learning-rate", "0.01", "--eval-windows", "2", "--device", "cpu"]
+    train_byte_llama.main(["--output", str(output), *options, "--no-compile", "--no-bfloat16"])
+    report = json.loads((output / "training.json").read_text())
+    assert report["steps"] == 3
+    assert report["data"]["package_bytes"] == {"module": report["data"]["bytes"] - 1}
+    held_out = report["held_out"]
+    assert held_out["bits_per_byte_as_stored_in_bfloat16"] == pytest.approx(
+        held_out["bits_per_byte_float32_weights"], rel=0.01
+    )
+    untrained = math.log2(256)
+    assert report["loss_bits_per_byte"][-1][1] < untrained
+    model = byte_model.load(output, torch.float32, "cpu")
+    assert model.num_parameters() == report["parameters"]
+    assert (output / "model.safetensors").stat().st_size <= 8_000_000
+
+
+def test_demo_tabulates_and_draws(tiny_checkpoint, tmp_path):
+    plot, table = tmp_path / "plot.png", tmp_path / "table.json"
+    arguments = ["--checkpoint", str(tiny_checkpoint), "--samples", "1", "--lengths", "1024", "512", "--device", "cpu"]
+    extend_context.main([*arguments, "--output", str(plot), "--json", str(table)])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    report = json.loads(table.read_text())
+    assert report["lengths"] == [512, 1024]
+    scores = report["bits_per_byte"]
+    assert len(scores) == 6
+    assert all(0 < value < 20 for row in scores.values() for value in row)
+    # Within the trained length dynamic NTK and the temperature change nothing; past it they do.
+    for plain, changed in (
+        ("plain RoPE", "dynamic NTK"),
+        ("DCA s=384 w=128", "DCA s=384 w=128 t=m²"),
+        ("DCA s=384 w=64", "DCA s=384 w=64 t=m²"),
+    ):
+        assert scores[plain][0] == scores[changed][0]
+        assert scores[plain][1] != scores[changed][1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere"], "no checkpoint in nowhere"),
+        (["--samples", "1000"], "must be between 1 and 62, all that have 16384 bytes"),
+        (["--lengths", "100000000"], "all that have 100000000 bytes"),
+    ],
+)
+def test_demo_explains_bad_options_in_one_sentence(tiny_checkpoint, arguments, message):
+    with pytest.raises(SystemExit) as failure:
+        extend_context.main(["--checkpoint", str(tiny_checkpoint), "--device", "cpu", *arguments])
+    assert message in failure.value.code
+    assert "\n" not in failure.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "256"], "--lengths must be above 256"),
+        (["--output", "nowhere/plot.png"], "there is no folder nowhere"),
+    ],
+)
+def test_demo_checks_options_before_it_measures(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        extend_context.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_shipped_checkpoint_reads_past_its_training_length_with_dca():
+    assert (byte_model.CHECKPOINT / "model.safetensors").stat().st_size <= 8_000_000
+    model = byte_model.load(byte_model.CHECKPOINT, torch.float32, "cpu")
+    modules = corpus.held_out_text(16384, 2).values()
+    texts = torch.stack([torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in modules])
+    at_trained_length = byte_model.bits_per_byte(model, texts[:, -512:]).mean()
+    plain = byte_model.bits_per_byte(model, texts[:, -4096:]).mean()
+    with extend_context.dual_chunk_attention(model, chunk_size=384, local_size=128):
+        dual_chunk = byte_model.bits_per_byte(model, texts[:, -4096:]).mean()
+    assert dual_chunk < 1.1 * at_trained_length
+    assert plain > 2 * at_trained_length

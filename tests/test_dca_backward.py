@@ -1,0 +1,201 @@
+"""Gradients of dca against those autograd finds for the float64 oracle, on every device that has a backward."""
+
+import pytest
+import torch
+from cases import Case, check_backward, dtypes, gradients, has_backward
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_dca_forward import LONG, ZERO_SIZES, inside_larger, random_cases, transposed, with_row_gaps
+
+import chunkattn
+
+
+@pytest.fixture(autouse=True)
+def _needs_backward(device):
+    if not has_backward(device):
+        pytest.skip(f"chunkattn has no backward on {device.type}")
+
+
+def random_dout(q: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(99)
+    return torch.randn(q.shape, generator=generator, dtype=torch.float64).to(q.device, q.dtype)
+
+
+def check_all_dtypes(case: Case, device: torch.device) -> None:
+    options = case.options(device)
+    for dtype in dtypes(device):
+        qkv = case.inputs(device, dtype)
+        check_backward(qkv, random_dout(qkv[0]), options)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_lengths_around_chunk_boundaries(device, chunks, beyond):
+    check_all_dtypes(LONG.but(seqlen_q=chunks * LONG.stride + beyond), device)
+
+
+@pytest.mark.parametrize("length", [1, 2, 27, 28, 54, 55, 81, 82])
+def test_lengths_of_short_chunks(device, length):
+    check_all_dtypes(Case(seqlen_q=length), device)
+
+
+@pytest.mark.parametrize("local_size", range(1, 17))
+def test_every_local_size(device, local_size):
+    check_all_dtypes(Case(seqlen_q=60, chunk_size=17, local_size=local_size), device)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (8, 1)])
+def test_head_ratios(device, heads, kv_heads):
+    check_all_dtypes(Case(heads=heads, kv_heads=kv_heads), device)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 17, 65, 130])
+@pytest.mark.parametrize("seqlen_k", [130, 248])
+def test_queries_against_a_longer_cache(device, seqlen_q, seqlen_k):
+    check_all_dtypes(LONG.but(seqlen_q=seqlen_q, seqlen_k=seqlen_k), device)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(32, 32), (32, 6), (40, 30), (7, 4)])
+def test_partial_rotary(device, head_dim, rotary_dim, interleaved):
+    check_all_dtypes(Case(head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved), device)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("q_rotated", [False, True])
+@pytest.mark.parametrize("k_rotated", [False, True])
+def test_rotated_inputs(device, interleaved, q_rotated, k_rotated):
+    case = Case(seqlen_q=81, seqlen_k=90, interleaved=interleaved, q_rotated=q_rotated, k_rotated=k_rotated)
+    check_all_dtypes(case, device)
+
+
+@pytest.mark.parametrize(("scale", "temperature"), [(0.1, None), (None, 1.7), (0.3, (0.4, 2.5))])
+def test_scale_and_temperature(device, scale, temperature):
+    check_all_dtypes(Case(scale=scale, temperature=temperature), device)
+
+
+@pytest.mark.parametrize("head_dim", [2, 8, 17, 64, 72, 100, 128, 192, 256])
+def test_head_dims(device, head_dim):
+    check_all_dtypes(Case(seqlen_q=70, head_dim=head_dim), device)
+
+
+@pytest.mark.parametrize("view", [transposed, with_row_gaps, inside_larger])
+def test_strided_views(device, view):
+    case = Case(seqlen_q=81, seqlen_k=100)
+    options = case.options(device)
+    for dtype in dtypes(device):
+        qkv = case.inputs(device, dtype)
+        check_backward(tuple(view(x) for x in qkv), view(random_dout(qkv[0])), options)
+
+
+def test_expanded_dout(device):
+    # What the gradient of sum() looks like: all strides zero.
+    case = Case()
+    for dtype in dtypes(device):
+        qkv = case.inputs(device, dtype)
+        dout = torch.ones((), dtype=dtype, device=device).expand(qkv[0].shape)
+        check_backward(qkv, dout, case.options(device))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_gradients_of_some_inputs(device, wanted):
+    case = Case()
+    options = case.options(device)
+    qkv = case.inputs(device, torch.float32)
+    every = gradients(chunkattn.dca, qkv, random_dout(qkv[0]), options)
+    for i in wanted:
+        qkv[i].requires_grad_()
+    chunkattn.dca(*qkv, **options).backward(random_dout(qkv[0]))
+    for i, x in enumerate(qkv):
+        if i in wanted:
+            assert torch.equal(x.grad, every[i])
+        else:
+            assert x.grad is None
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(seqlen_q=13, batch=1, heads=2, kv_heads=1, head_dim=4, chunk_size=7, local_size=2),
+        Case(seqlen_q=5, seqlen_k=13, batch=1, heads=1, kv_heads=1, head_dim=6, chunk_size=6, local_size=4),
+        Case(seqlen_q=9, batch=2, heads=2, kv_heads=2, head_dim=5, rotary_dim=2, chunk_size=5, local_size=1)
+        .but(temperature=(0.8, 1.4), interleaved=True),
+        Case(seqlen_q=9, batch=1, heads=2, kv_heads=1, head_dim=4, chunk_size=6, local_size=2)
+        .but(q_rotated=True, k_rotated=True, scale=0.9),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gradcheck(device, case):
+    if torch.float64 not in dtypes(device):
+        pytest.skip(f"chunkattn has no float64 on {device.type}")
+    options = case.options(device)
+    qkv = tuple(x.requires_grad_() for x in case.inputs(device, torch.float64))
+    assert torch.autograd.gradcheck(lambda *x: chunkattn.dca(*x, **options), qkv)
+
+
+def test_gradients_repeat_bitwise(device):
+    case = LONG.but(seqlen_q=300, batch=2, heads=4, kv_heads=2)
+    options = case.options(device)
+    for dtype in dtypes(device):
+        qkv = case.inputs(device, dtype)
+        dout = random_dout(qkv[0])
+        first = gradients(chunkattn.dca, qkv, dout, options)
+        for _ in range(3):
+            again = gradients(chunkattn.dca, qkv, dout, options)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("argument", [0, 1, 2, 3])
+def test_nan_stays_in_its_batch_row(device, argument):
+    case = Case(batch=3, seqlen_q=70)
+    options = case.options(device)
+    for dtype in dtypes(device):
+        qkv = case.inputs(device, dtype)
+        dout = random_dout(qkv[0])
+        clean = gradients(chunkattn.dca, qkv, dout, options)
+        (*qkv, dout)[argument][1] = torch.nan
+        dirty = gradients(chunkattn.dca, qkv, dout, options)
+        for before, after in zip(clean, dirty, strict=True):
+            assert torch.equal(before[::2], after[::2])
+
+
+@pytest.mark.parametrize("sizes", ZERO_SIZES, ids=str)
+def test_zero_sizes(device, sizes):
+    case = Case().but(**sizes)
+    for dtype in dtypes(device):
+        qkv = case.inputs(device, dtype)
+        grads = gradients(chunkattn.dca, qkv, torch.ones_like(qkv[0]), case.options(device))
+        for x, grad in zip(qkv, grads, strict=True):
+            assert grad.shape == x.shape
+            assert grad.dtype == dtype
+            assert (grad == 0).all()
+
+
+def test_lse_is_not_differentiable(device):
+    case = Case()
+    qkv = tuple(x.requires_grad_() for x in case.inputs(device, torch.float32))
+    out, lse = chunkattn.dca(*qkv, **case.options(device), return_lse=True)
+    assert out.requires_grad
+    assert not lse.requires_grad
+
+
+def test_second_derivative_is_refused(device):
+    case = Case()
+    qkv = tuple(x.requires_grad_() for x in case.inputs(device, torch.float32))
+    out = chunkattn.dca(*qkv, **case.options(device))
+    (dq,) = torch.autograd.grad(out.square().sum(), qkv[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        dq.sum().backward()
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(case=random_cases(), dtype_index=st.integers(0, 3), seed=st.integers(0, 1000))
+def test_random_cases(device, case, dtype_index, seed):
+    dtype = dtypes(device)[dtype_index % len(dtypes(device))]
+    qkv = case.inputs(device, dtype, seed)
+    check_backward(qkv, random_dout(qkv[0]), case.options(device))
