@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder (default: the one shipped)")
-    parser.add_argument("--samples", type=int, help="held-out modules (default: 62 on a GPU, 8 or 4 on a CPU)")
+    parser.add_argument("--samples", type=int, help="held-out modules (default: all on a GPU, 8 or 4 on a CPU)")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=LENGTHS, metavar="L", help="bytes, scored ones included"
     )

@@ -145,6 +145,17 @@ def test_gradients_repeat_bitwise(device):
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_cpu_threads(device, threads):
+    if device.type != "cpu":
+        pytest.skip("the CPU's threads")
+    torch.set_num_threads(threads)
+    try:
+        check_all_dtypes(LONG.but(seqlen_q=300, batch=2), device)
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("argument", [0, 1, 2, 3])
 def test_nan_stays_in_its_batch_row(device, argument):
     case = Case(batch=3, seqlen_q=70)

@@ -59,7 +59,9 @@ def test_queries_against_a_longer_cache(device, seqlen_q, seqlen_k):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(32, 32), (32, 2), (32, 6), (40, 30), (64, 16), (128, 64), (7, 4)])
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim"), [(32, 32), (32, 2), (32, 6), (40, 30), (64, 16), (128, 64), (7, 4)]
+)
 def test_partial_rotary(device, head_dim, rotary_dim, interleaved):
     check_all_dtypes(Case(head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved), device)
 
@@ -241,6 +243,17 @@ def test_results_repeat_bitwise(device):
             assert torch.equal(first[1], again[1])
 
 
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_cpu_threads(threads):
+    cpu = torch.device("cpu")
+    case = LONG.but(seqlen_q=300, batch=2)
+    torch.set_num_threads(threads)
+    try:
+        check_all_dtypes(case, cpu)
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize("argument", [0, 1, 2])
 def test_nan_stays_in_its_batch_row(device, poison, argument):
@@ -372,7 +385,8 @@ def test_cuda_launches_do_not_grow_with_chunks(cuda, k_rotated):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             chunkattn.dca(*qkv, **options)
             torch.cuda.synchronize()
-        launches = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        launches = [name for name in on_device if not name.startswith("Memset")]
         assert len(launches) == (1 if k_rotated else 2), launches
 
 
@@ -384,4 +398,5 @@ def test_cuda_allocates_only_results_and_rotated_keys(cuda):
     torch.cuda.reset_peak_memory_stats(cuda)
     out, lse = chunkattn.dca(*qkv, **options, return_lse=True)
     peak = torch.cuda.max_memory_allocated(cuda) - before
-    assert peak <= out.nbytes + lse.nbytes + qkv[1].nbytes + 3 * 512  # blocks are rounded up to 512 bytes
+    # A block of memory is a multiple of 512 bytes; one may hold a counter.
+    assert peak <= out.nbytes + lse.nbytes + qkv[1].nbytes + 4 * 512

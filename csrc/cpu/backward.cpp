@@ -21,11 +21,12 @@ void for_each_kv_head(const AttentionShape& shape, const Add& add) {
   }
 }
 
-// One share per KV head takes five matrix products for each block. Where these would leave threads idle, queries and keys
-// get shares of their own: as many as are wanted, but logits and dP are computed twice, seven products.
-BackwardPlan plan_backward(const ForwardParams& params, int threads, int tile_size) {
+// One share per KV head takes five matrix products for each block. Where these would leave threads idle, queries and
+// keys get shares of their own: as many as are wanted, but logits and dP are computed twice, seven products.
+BackwardPlan plan_backward(const ForwardParams& params, ParallelFor parallel_for, int tile_size) {
   const AttentionShape& shape = params.shape;
   const int64_t kv_heads = static_cast<int64_t>(shape.batch) * shape.kv_heads;
+  const int threads = count_threads(parallel_for);
   const int64_t rounds = (kv_heads + threads - 1) / threads;
   if (7 * kv_heads >= 5 * rounds * threads) {
     BackwardPlan plan = {tile_queries(params, tile_size), {}, shape.seqlen_k};
@@ -34,7 +35,7 @@ BackwardPlan plan_backward(const ForwardParams& params, int threads, int tile_si
     });
     return plan;
   }
-  const int size = choose_tile_size(params, static_cast<int64_t>(shape.batch) * shape.heads, threads, tile_size);
+  const int size = choose_tile_size(params, static_cast<int64_t>(shape.batch) * shape.heads, parallel_for, tile_size);
   BackwardPlan plan = {tile_queries(params, size), {}, size};
   const int tiles = plan.tiling.count();
   for (int key = 0; key < shape.seqlen_k; key += size) {
@@ -57,7 +58,8 @@ BackwardPlan plan_backward(const ForwardParams& params, int threads, int tile_si
 template <class Storage>
 Accumulator<Storage> out_dot_gradient(const BackwardParams& params, int batch, int head, int query) {
   const ForwardParams& forward = params.forward;
-  const Storage* const out = rows_of<Storage>(static_cast<const void*>(forward.out), forward.out_strides, batch, query, head).data;
+  const Storage* const out =
+      rows_of<Storage>(static_cast<const void*>(forward.out), forward.out_strides, batch, query, head).data;
   const Storage* const dout = rows_of<Storage>(params.dout, params.dout_strides, batch, query, head).data;
   Accumulator<Storage> delta;
   vectorized(CHUNKATTN_LOOPS(bytes) {
@@ -67,7 +69,7 @@ Accumulator<Storage> out_dot_gradient(const BackwardParams& params, int batch, i
 }
 
 template <class Storage, class Operand>
-void compute_statistics(const BackwardParams& params, const KeysAndValues<Operand>& keys_and_values,
+void compute_statistics(const BackwardParams& params, const KeysAndValues<Storage, Operand>& keys_and_values,
                         ParallelFor parallel_for, QueryStatistics<Accumulator<Storage>> statistics) {
   const ForwardParams& forward = params.forward;
   const AttentionShape& shape = forward.shape;
@@ -103,10 +105,10 @@ void run_backward(const BackwardParams& params, ParallelFor parallel_for) {
   const Buffer<Accum> lse_log2(queries);
   const Buffer<Accum> delta(queries);
   const QueryStatistics<Accum> statistics = {lse_log2.data(), delta.data()};
-  compute_statistics<Storage>(params, keys_and_values, parallel_for, statistics);
+  compute_statistics(params, keys_and_values, parallel_for, statistics);
 
   using Unit = BackwardUnit<Storage, Operand>;
-  const BackwardPlan plan = plan_backward(forward, count_threads(parallel_for), Unit::kQueries);
+  const BackwardPlan plan = plan_backward(forward, parallel_for, Unit::kQueries);
   for_each_task(parallel_for, static_cast<int64_t>(plan.shares.size()), [&] {
     return [&, unit = Unit(params, keys_and_values, statistics, plan.tiling, plan.max_keys)](int64_t task) mutable {
       unit.run(plan.shares[task]);

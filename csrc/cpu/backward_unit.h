@@ -40,7 +40,7 @@ class BackwardUnit {
   static constexpr int kStride = kKeys + kRowMultiple;
 
   // For shares of at most max_keys keys whose gradients are wanted.
-  BackwardUnit(const BackwardParams& params, const KeysAndValues<Operand>& keys_and_values,
+  BackwardUnit(const BackwardParams& params, const KeysAndValues<Storage, Operand>& keys_and_values,
                QueryStatistics<Accum> statistics, QueryTiling tiling, int max_keys)
       : params_(params),
         keys_and_values_(keys_and_values),
@@ -48,6 +48,8 @@ class BackwardUnit {
         tiling_(tiling),
         head_dim_(params.forward.shape.head_dim),
         queries_(tiling.size * head_dim_),
+        key_block_(kKeys * head_dim_),
+        value_block_(kKeys * head_dim_),
         out_gradients_(tiling.size * head_dim_),
         logits_(tiling.size * kStride),
         probability_gradients_(tiling.size * kStride),
@@ -104,21 +106,20 @@ class BackwardUnit {
   }
 
   void differentiate(const LogitBlock& block) {
-    const Operand* const k = keys_and_values_.keys.at(share_.batch, block.first_key, kv_head_);
-    const Operand* const v = keys_and_values_.values.at(share_.batch, block.first_key, kv_head_);
-    const int k_ld = keys_and_values_.keys.ld();
-    const int v_ld = keys_and_values_.values.ld();
+    const auto& [keys, values] = keys_and_values_;
+    const Operand* const k = keys.block(share_.batch, kv_head_, block.first_key, block.keys, key_block_.data());
+    const Operand* const v = values.block(share_.batch, kv_head_, block.first_key, block.keys, value_block_.data());
     const int offset = block.first_row * head_dim_;
     const Operand* const queries = queries_.data() + offset;
     const Operand* const out_gradients = out_gradients_.data() + offset;
-    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries, head_dim_, k, k_ld, false,
+    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries, head_dim_, k, keys.ld(), false,
          logits_.data(), kStride);
-    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, out_gradients, head_dim_, v, v_ld, false,
-         probability_gradients_.data(), kStride);
+    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, out_gradients, head_dim_, v, values.ld(),
+         false, probability_gradients_.data(), kStride);
     Operand* const probabilities = in_place_or(logits_, separate_probabilities_);
     Operand* const logit_gradients = in_place_or(probability_gradients_, separate_logit_gradients_);
-    const int64_t head_row = (static_cast<int64_t>(share_.batch) * params_.forward.shape.heads + head_) *
-                             params_.forward.shape.seqlen_q;
+    const int64_t head_row =
+        (static_cast<int64_t>(share_.batch) * params_.forward.shape.heads + head_) * params_.forward.shape.seqlen_q;
     const int64_t row = head_row + first_query() + block.first_row;
     vectorized(CHUNKATTN_LOOPS(bytes) {
       differentiate_softmax<Simd<Accum, bytes>>(block, logits_.data(), probability_gradients_.data(), probabilities,
@@ -126,8 +127,8 @@ class BackwardUnit {
                                                 statistics_.lse_log2 + row, statistics_.delta + row);
     });
     if (share_.query_gradients) {
-      gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, logit_gradients, kStride, k, k_ld, true,
-           segment_gradients_.data() + offset, head_dim_);
+      gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, logit_gradients, kStride, k, keys.ld(),
+           true, segment_gradients_.data() + offset, head_dim_);
     }
     if (share_.key_gradients) {
       const int64_t key_offset = static_cast<int64_t>(block.first_key - share_.key_begin) * head_dim_;
@@ -143,11 +144,9 @@ class BackwardUnit {
     const ForwardParams& forward = params_.forward;
     const Rows<Accum> gradients = {segment_gradients_.data(), head_dim_};
     if (!forward.q_rotated || regime != Regime::kIntra) {
-      const auto row = [geometry = forward.geometry, regime, begin = tile_.begin, rotated = forward.q_rotated](int n) {
-        return geometry.query_rotation(regime, begin + n, rotated);
-      };
       rotate_rows(Rows<const Accum>{gradients.data, head_dim_}, gradients, rows(), head_dim_, forward.rotary,
-                  RotationSense::kInverse, row);
+                  RotationSense::kInverse,
+                  [&](int n) { return forward.geometry.query_rotation(regime, tile_.begin + n, forward.q_rotated); });
     }
     for (int i = 0; i < rows() * head_dim_; ++i) query_gradients_.data()[i] += gradients.data[i];
   }
@@ -160,10 +159,8 @@ class BackwardUnit {
     if (forward.k_rotated) {
       convert_rows(from, to, keys, head_dim_, scale_);
     } else {
-      const auto row = [geometry = forward.geometry, begin = share_.key_begin](int n) {
-        return geometry.key_row(begin + n);
-      };
-      rotate_rows(from, to, keys, head_dim_, forward.rotary, RotationSense::kInverse, row, scale_);
+      const auto key_row = [&](int n) { return forward.geometry.key_row(share_.key_begin + n); };
+      rotate_rows(from, to, keys, head_dim_, forward.rotary, RotationSense::kInverse, key_row, scale_);
     }
     convert_rows(Rows<const Accum>{value_gradients_.data(), head_dim_},
                  rows_of<Storage>(params_.dv, params_.dv_strides, share_.batch, share_.key_begin, kv_head_), keys,
@@ -182,11 +179,13 @@ class BackwardUnit {
   int first_query() const { return tile_.begin - params_.forward.first_position(); }
 
   const BackwardParams& params_;
-  const KeysAndValues<Operand>& keys_and_values_;
+  const KeysAndValues<Storage, Operand>& keys_and_values_;
   const QueryStatistics<Accum> statistics_;
   const QueryTiling tiling_;
   const int head_dim_;
   const Buffer<Operand> queries_;                   // [tile, head_dim]
+  const Buffer<Operand> key_block_;                 // [kKeys, head_dim]
+  const Buffer<Operand> value_block_;               // [kKeys, head_dim]
   const Buffer<Operand> out_gradients_;             // [tile, head_dim]
   const Buffer<Accum> logits_;                      // [tile, kStride]
   const Buffer<Accum> probability_gradients_;       // [tile, kStride]

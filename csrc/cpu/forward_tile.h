@@ -16,18 +16,20 @@ class ForwardTile {
  public:
   using Accum = Accumulator<Storage>;
 
-  // The logits and probabilities of a block stay in a second-level cache of 2 MB. Tall blocks are best: BLAS packs K and V
-  // for each. Rows a power of two apart would compete for the same lines of the first-level cache.
+  // The logits and probabilities of a block stay in a second-level cache of 2 MB. Tall blocks are best: BLAS packs K
+  // and V for each. Rows a power of two apart would compete for the same lines of the first-level cache.
   static constexpr int kQueries = 512;
   static constexpr int kKeys = 192;
   static constexpr int kStride = kKeys + kRowMultiple;
 
   // For tiles of at most `queries` queries.
-  ForwardTile(const ForwardParams& params, const KeysAndValues<Operand>& keys_and_values, int queries)
+  ForwardTile(const ForwardParams& params, const KeysAndValues<Storage, Operand>& keys_and_values, int queries)
       : params_(params),
         keys_and_values_(keys_and_values),
         head_dim_(params.shape.head_dim),
         queries_(queries * head_dim_),
+        key_block_(kKeys * head_dim_),
+        value_block_(kKeys * head_dim_),
         logits_(queries * kStride),
         separate_probabilities_(std::is_same_v<Operand, Accum> ? 0 : queries * kStride),
         out_(queries * head_dim_),
@@ -74,18 +76,20 @@ class ForwardTile {
  private:
   void attend(const LogitBlock& block, bool first) {
     const int kv_head = head_ / (params_.shape.heads / params_.shape.kv_heads);
-    const auto& [k, v] = keys_and_values_;
+    const auto& [keys, values] = keys_and_values_;
+    const Operand* const k = keys.block(batch_, kv_head, block.first_key, block.keys, key_block_.data());
+    const Operand* const v = values.block(batch_, kv_head, block.first_key, block.keys, value_block_.data());
     const int offset = block.first_row * head_dim_;
     Accum* const out = out_.data() + offset;
     const SoftmaxState<Accum> state = {shift_.data() + block.first_row, sum_.data() + block.first_row};
-    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries_.data() + offset, head_dim_,
-         k.at(batch_, block.first_key, kv_head), k.ld(), false, logits_.data(), kStride);
+    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries_.data() + offset, head_dim_, k,
+         keys.ld(), false, logits_.data(), kStride);
     vectorized(CHUNKATTN_LOOPS(bytes) {
       update_softmax<Simd<Accum, bytes>>(block, logits_.data(), probabilities(), kStride, scale_, state, first, out,
                                          head_dim_);
     });
-    gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, probabilities(), kStride,
-         v.at(batch_, block.first_key, kv_head), v.ld(), !first, out, head_dim_);
+    gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, probabilities(), kStride, v, values.ld(),
+         !first, out, head_dim_);
   }
 
   Operand* probabilities() const {
@@ -97,13 +101,15 @@ class ForwardTile {
   }
 
   const ForwardParams& params_;
-  const KeysAndValues<Operand>& keys_and_values_;
+  const KeysAndValues<Storage, Operand>& keys_and_values_;
   const int head_dim_;
   const Buffer<Operand> queries_;                 // [queries, head_dim]
+  const Buffer<Operand> key_block_;               // [kKeys, head_dim]
+  const Buffer<Operand> value_block_;             // [kKeys, head_dim]
   const Buffer<Accum> logits_;                    // [queries, kStride]
   const Buffer<Operand> separate_probabilities_;  // [queries, kStride] where they do not fit in place of the logits
   const Buffer<Accum> out_;                       // [queries, head_dim]
-  const Buffer<Accum> shift_;                       // [queries]
+  const Buffer<Accum> shift_;                     // [queries]
   const Buffer<Accum> sum_;                       // [queries]
   int batch_ = 0;
   int head_ = 0;
@@ -113,11 +119,11 @@ class ForwardTile {
 
 // Calls visit(tile, batch, head, query_tile) for every query tile of every head; `tile` has run.
 template <class Storage, class Operand, class Visit>
-void for_each_forward_tile(const ForwardParams& params, const KeysAndValues<Operand>& keys_and_values,
+void for_each_forward_tile(const ForwardParams& params, const KeysAndValues<Storage, Operand>& keys_and_values,
                            ParallelFor parallel_for, const Visit& visit) {
   using Tile = ForwardTile<Storage, Operand>;
   const int64_t batch_heads = static_cast<int64_t>(params.shape.batch) * params.shape.heads;
-  const int size = choose_tile_size(params, batch_heads, count_threads(parallel_for), Tile::kQueries);
+  const int size = choose_tile_size(params, batch_heads, parallel_for, Tile::kQueries);
   const QueryTiling tiling = tile_queries(params, size);
   const int tiles = tiling.count();
   for_each_task(parallel_for, batch_heads * tiles, [&] {

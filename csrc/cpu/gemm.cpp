@@ -25,8 +25,8 @@ namespace chunkattn::cpu {
 namespace {
 
 template <class Element, class Accum>
-using FortranGemm = void (*)(const char*, const char*, const int*, const int*, const int*, const Accum*,
-                             const Element*, const int*, const Element*, const int*, const Accum*, Accum*, const int*);
+using FortranGemm = void (*)(const char*, const char*, const int*, const int*, const int*, const Accum*, const Element*,
+                             const int*, const Element*, const int*, const Accum*, Accum*, const int*);
 
 // Fortran reads row-major matrices as their transposes: C^T = op(B)^T op(A)^T.
 template <class Element, class Accum>
@@ -111,9 +111,8 @@ void multiply(Transpose transpose_a, Transpose transpose_b, int m, int n, int k,
               const Element* b, int ldb, bool accumulate, Element* c, int ldc) {
   const MatrixView<Element> view_a(transpose_a, a, lda);
   const MatrixView<Element> view_b(transpose_b, b, ldb);
-  vectorized(CHUNKATTN_LOOPS(bytes) {
-    multiply_loops<Simd<Element, bytes>>(view_a, view_b, m, n, k, accumulate, c, ldc);
-  });
+  vectorized(
+      CHUNKATTN_LOOPS(bytes) { multiply_loops<Simd<Element, bytes>>(view_a, view_b, m, n, k, accumulate, c, ldc); });
 }
 
 }  // namespace

@@ -8,8 +8,8 @@ namespace chunkattn::cpu {
 
 enum class Transpose { kNo, kYes };
 
-// C [m, n] = op(A) op(B), added to what C holds if `accumulate`; op(A) is [m, k] and op(B) is [k, n]. lda, ldb and ldc are
-// the elements from one row of the stored matrix to the next.
+// C [m, n] = op(A) op(B), added to what C holds if `accumulate`; op(A) is [m, k] and op(B) is [k, n]. lda, ldb and ldc
+// are the elements from one row of the stored matrix to the next.
 void gemm(Transpose transpose_a, Transpose transpose_b, int m, int n, int k, const float* a, int lda, const float* b,
           int ldb, bool accumulate, float* c, int ldc);
 void gemm(Transpose transpose_a, Transpose transpose_b, int m, int n, int k, const double* a, int lda, const double* b,

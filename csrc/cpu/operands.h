@@ -25,71 +25,72 @@ Rows<Element> rows_of(void* tensor, const Strides& strides, int batch, int64_t s
 }
 
 // Keys or values [batch, seqlen_k, kv_heads, head_dim]: the caller's tensor, or a copy of it.
-template <class Operand>
+template <class Storage, class Operand>
 class KeyOperand {
  public:
-  KeyOperand(const Operand* data, const Strides& strides) : data_(data), strides_(strides) {}
-  KeyOperand(Buffer<Operand> copy, const Strides& strides)
-      : copy_(std::move(copy)), data_(copy_.data()), strides_(strides) {}
-
-  const Operand* at(int batch, int position, int head) const {
-    return rows_of<Operand>(data_, strides_, batch, position, head).data;
+  KeyOperand(const AttentionShape& shape, const void* tensor, const Strides& strides)
+      : data_(tensor), strides_(strides), head_dim_(shape.head_dim) {
+    // BLAS takes no shorter or longer stride, and rows far apart are slow to read again and again.
+    const int64_t readers = static_cast<int64_t>(shape.heads / shape.kv_heads) * shape.seqlen_q;
+    const bool few_readers = readers <= 256 && strides.seq > head_dim_ && strides.seq <= INT_MAX;
+    by_block_ = !std::is_same_v<Storage, Operand> || (strides.seq != head_dim_ && !few_readers);
   }
-  int ld() const { return static_cast<int>(strides_.seq); }
+
+  KeyOperand(const AttentionShape& shape, Buffer<Operand> copy, const Strides& strides)
+      : copy_(std::move(copy)), data_(copy_.data()), strides_(strides), head_dim_(shape.head_dim) {}
+
+  // Rows [first, first + count) of a head, ld() elements apart: in place, or copied to scratch [count, head_dim].
+  const Operand* block(int batch, int head, int first, int count, Operand* scratch) const {
+    if (!by_block_) return rows_of<Operand>(data_, strides_, batch, first, head).data;
+    convert_rows(rows_of<Storage>(data_, strides_, batch, first, head), Rows<Operand>{scratch, head_dim_}, count,
+                 head_dim_);
+    return scratch;
+  }
+
+  int ld() const { return by_block_ ? head_dim_ : static_cast<int>(strides_.seq); }
 
  private:
   Buffer<Operand> copy_;
-  const Operand* data_;
+  const void* data_;
   Strides strides_;
+  int head_dim_;
+  bool by_block_ = false;
 };
 
-// Copies to rotate (`rotate` reads the keys' rows of the rotary table), to convert, because BLAS takes no such stride, or
-// because rows far apart are slow to read and more than one query tile reads them.
+// The keys, rotated by their rows of the rotary table.
 template <class Storage, class Operand>
-KeyOperand<Operand> make_key_operand(const ForwardParams& params, const void* tensor, const Strides& strides,
-                                     bool rotate, ParallelFor parallel_for) {
-  const AttentionShape& shape = params.shape;
-  const int head_dim = shape.head_dim;
-  if constexpr (std::is_same_v<Storage, Operand>) {
-    const bool usable = strides.seq >= head_dim && strides.seq <= INT_MAX;
-    const int64_t readers = static_cast<int64_t>(shape.heads / shape.kv_heads) * shape.seqlen_q;
-    if (!rotate && usable && (strides.seq == head_dim || readers <= 256)) return {static_cast<const Operand*>(tensor), strides};
-  }
+KeyOperand<Storage, Operand> rotate_keys(const ForwardParams& params, ParallelFor parallel_for) {
   constexpr int block = 512;
+  const AttentionShape& shape = params.shape;
   const int blocks = QueryTiling::ceil_div(shape.seqlen_k, block);
-  const int64_t head_size = static_cast<int64_t>(shape.seqlen_k) * head_dim;
-  const Strides copy_strides = {shape.kv_heads * head_size, head_dim, head_size};
-  Buffer<Operand> copy(shape.batch * copy_strides.batch);
+  const int64_t head_size = static_cast<int64_t>(shape.seqlen_k) * shape.head_dim;
+  const Strides strides = {shape.kv_heads * head_size, shape.head_dim, head_size};
+  Buffer<Operand> copy(shape.batch * strides.batch);
   for_each_task(parallel_for, static_cast<int64_t>(shape.batch) * shape.kv_heads * blocks, [&] {
     return [&](int64_t task) {
       const int begin = static_cast<int>(task % blocks) * block;
       const int head = static_cast<int>(task / blocks % shape.kv_heads);
       const int batch = static_cast<int>(task / blocks / shape.kv_heads);
-      const int rows = std::min(block, shape.seqlen_k - begin);
-      const auto from = rows_of<Storage>(tensor, strides, batch, begin, head);
-      const auto to = rows_of<Operand>(static_cast<void*>(copy.data()), copy_strides, batch, begin, head);
-      if (rotate) {
-        const ChunkGeometry geometry = params.geometry;
-        const auto key_row = [=](int n) { return geometry.key_row(begin + n); };
-        rotate_rows(from, to, rows, head_dim, params.rotary, RotationSense::kForward, key_row);
-      } else {
-        convert_rows(from, to, rows, head_dim);
-      }
+      rotate_rows(rows_of<Storage>(params.k, params.k_strides, batch, begin, head),
+                  rows_of<Operand>(static_cast<void*>(copy.data()), strides, batch, begin, head),
+                  std::min(block, shape.seqlen_k - begin), shape.head_dim, params.rotary, RotationSense::kForward,
+                  [&](int n) { return params.geometry.key_row(begin + n); });
     };
   });
-  return {std::move(copy), copy_strides};
+  return {shape, std::move(copy), strides};
 }
 
-template <class Operand>
+template <class Storage, class Operand>
 struct KeysAndValues {
-  KeyOperand<Operand> keys;
-  KeyOperand<Operand> values;
+  KeyOperand<Storage, Operand> keys;
+  KeyOperand<Storage, Operand> values;
 };
 
 template <class Storage, class Operand>
-KeysAndValues<Operand> make_keys_and_values(const ForwardParams& params, ParallelFor parallel_for) {
-  return {make_key_operand<Storage, Operand>(params, params.k, params.k_strides, !params.k_rotated, parallel_for),
-          make_key_operand<Storage, Operand>(params, params.v, params.v_strides, false, parallel_for)};
+KeysAndValues<Storage, Operand> make_keys_and_values(const ForwardParams& params, ParallelFor parallel_for) {
+  return {params.k_rotated ? KeyOperand<Storage, Operand>(params.shape, params.k, params.k_strides)
+                           : rotate_keys<Storage, Operand>(params, parallel_for),
+          KeyOperand<Storage, Operand>(params.shape, params.v, params.v_strides)};
 }
 
 // The queries of a tile as a regime wants them, packed.
@@ -103,10 +104,8 @@ void load_queries(const ForwardParams& params, int batch, int head, QueryTile ti
     convert_rows(from, to, rows, head_dim);
     return;
   }
-  const auto row = [geometry = params.geometry, regime, tile, rotated = params.q_rotated](int n) {
-    return geometry.query_rotation(regime, tile.begin + n, rotated);
-  };
-  rotate_rows(from, to, rows, head_dim, params.rotary, RotationSense::kForward, row);
+  rotate_rows(from, to, rows, head_dim, params.rotary, RotationSense::kForward,
+              [&](int n) { return params.geometry.query_rotation(regime, tile.begin + n, params.q_rotated); });
 }
 
 // scale and temperature of a batch row

@@ -87,9 +87,9 @@ void rotate_rows(Rows<const From> from, Rows<To> to, int rows, int head_dim, con
   vectorized(CHUNKATTN_LOOPS(bytes) {
     for (int n = 0; n < rows; ++n) {
       const int64_t offset = table_row(n) * table.row_stride;
-      rotate_row<Simd<Accum, bytes>>(from.data + n * from.stride, to.data + n * to.stride, head_dim,
-                                     table.cos + offset, table.sin + offset, table.rotary_dim / 2, table.interleaved,
-                                     sense, factor, scratch.data());
+      rotate_row<Simd<Accum, bytes>>(from.data + n * from.stride, to.data + n * to.stride, head_dim, table.cos + offset,
+                                     table.sin + offset, table.rotary_dim / 2, table.interleaved, sense, factor,
+                                     scratch.data());
     }
   });
 }

@@ -1,7 +1,7 @@
 // Vectors, conversions between element types, and the choice of instruction set at run time.
 //
-// A function that runs its loops inside `vectorized` is compiled for AVX-512, AVX2 and the baseline, and the best one the
-// processor has is taken; nothing else in the build asks for an instruction set.
+// A function that runs its loops inside `vectorized` is compiled for AVX-512, AVX2 and the baseline, and the best one
+// the processor has is taken; nothing else in the build asks for an instruction set.
 #pragma once
 
 #include <cmath>
@@ -108,8 +108,8 @@ CHUNKATTN_INLINE void store(Element* to, const typename S::Vector& value) {
   }
 }
 
-// As store, but bfloat16 rounds ties away from zero, in half the instructions. For what was computed from bfloat16 numbers:
-// their NaNs have zeros in the lower half, which rounding cannot carry out of.
+// As store, but bfloat16 rounds ties away from zero, in half the instructions. For what was computed from bfloat16
+// numbers: their NaNs have zeros in the lower half, which rounding cannot carry out of.
 template <class S, class Element>
 CHUNKATTN_INLINE void store_fast(Element* to, const typename S::Vector& value) {
   if constexpr (std::is_same_v<Element, BFloat16>) {
@@ -179,8 +179,8 @@ CHUNKATTN_INLINE Vector evaluate_polynomial(const Vector& x, const float (&coeff
   return value;
 }
 
-// 2^x for x up to 127, precise enough to be rounded to Result; for float, about one ulp. In float, what would be below the
-// smallest normal number is 0. NaN stays NaN.
+// 2^x for x up to 127, precise enough to be rounded to Result; for float, about one ulp. In float, what would be below
+// the smallest normal number is 0. NaN stays NaN.
 template <class S, class Result>
 CHUNKATTN_INLINE typename S::Vector exp2_vector(const typename S::Vector& x) {
   if constexpr (std::is_same_v<Result, double>) {
@@ -197,8 +197,8 @@ CHUNKATTN_INLINE typename S::Vector exp2_vector(const typename S::Vector& x) {
     if constexpr (sizeof(Result) == 2) {
       mantissa = evaluate_polynomial(f, {9.5828532e-3f, 5.5906426e-2f, 2.4024099e-1f, 6.9312419e-1f, 1.0f});
     } else {
-      mantissa = evaluate_polynomial(f, {1.5353362e-4f, 1.3398875e-3f, 9.6184374e-3f, 5.5503325e-2f, 2.4022648e-1f,
-                                         6.9314720e-1f, 1.0f});
+      mantissa = evaluate_polynomial(
+          f, {1.5353362e-4f, 1.3398875e-3f, 9.6184374e-3f, 5.5503325e-2f, 2.4022648e-1f, 6.9314720e-1f, 1.0f});
     }
     const auto power = (typename S::Vector)((typename S::Bits)shifted << 23);
     const typename S::Vector zero = {};

@@ -14,8 +14,8 @@ namespace chunkattn::cpu {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// The running softmax of each row, whose probabilities are relative to 2^shift. The shift is near enough to the maximum of
-// the scaled logits times log2(e) that sums neither overflow nor vanish.
+// The running softmax of each row, whose probabilities are relative to 2^shift. The shift is near enough to the maximum
+// of the scaled logits times log2(e) that sums neither overflow nor vanish.
 template <class Accum>
 struct SoftmaxState {
   Accum* shift;
@@ -46,7 +46,8 @@ CHUNKATTN_INLINE Accum max_of_row(const Accum* logits, int visible, Accum scale)
     if (j + S::kLanes > visible) x = first_lanes<S>(x, visible - j, -infinity);
     best = x > best ? x : best;
   }
-  return reduce_lanes<S>(best, [](const auto& a, const auto& b) __attribute__((always_inline)) { return a > b ? a : b; });
+  return reduce_lanes<S>(best,
+                         [](const auto& a, const auto& b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 // probabilities = 2^(scale * logits - shift), 0 beyond the visible keys. Returns their sum.
@@ -68,12 +69,13 @@ CHUNKATTN_INLINE Accum exponentiate_row(const Accum* logits, Operand* probabilit
 // How far, in bits, a logit may exceed the shift before the shift follows: rescaling sums is then rare.
 constexpr int kShiftSlack = 8;
 
-// Turns logits into probabilities relative to the shift. Where it changes, `out` [rows, head_dim], the running sum of P V,
-// is rescaled, unless this is the first block. Rows of logits and probabilities are `stride` apart, at least
+// Turns logits into probabilities relative to the shift. Where it changes, `out` [rows, head_dim], the running sum of P
+// V, is rescaled, unless this is the first block. Rows of logits and probabilities are `stride` apart, at least
 // round_up_row(keys): whole vectors are read and written. probabilities may be the logits themselves.
 template <class S, class Accum, class Operand>
-CHUNKATTN_INLINE void update_softmax(const LogitBlock block, const Accum* logits, Operand* probabilities, int64_t stride,
-                                     Accum scale, SoftmaxState<Accum> state, bool first, Accum* out, int head_dim) {
+CHUNKATTN_INLINE void update_softmax(const LogitBlock block, const Accum* logits, Operand* probabilities,
+                                     int64_t stride, Accum scale, SoftmaxState<Accum> state, bool first, Accum* out,
+                                     int head_dim) {
   constexpr Accum infinity = std::numeric_limits<Accum>::infinity();
   // A vector of rows at a time: their logits stay in the first-level cache between the two passes.
   for (int begin = 0; begin < block.rows; begin += S::kLanes) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "params.h"
 
@@ -13,11 +14,13 @@ inline QueryTiling tile_queries(const ForwardParams& params, int size) {
 }
 
 // The tile size, at most max_size, that leaves each thread a few tiles of all `heads` to balance the work with.
-inline int choose_tile_size(const ForwardParams& params, int64_t heads, int threads, int max_size) {
+inline int choose_tile_size(const ForwardParams& params, int64_t heads, ParallelFor parallel_for, int max_size) {
   constexpr int min_size = 64;
   constexpr int tiles_per_thread = 4;
+  if (params.shape.seqlen_q <= min_size) return max_size;
+  const int64_t wanted = int64_t{tiles_per_thread} * count_threads(parallel_for);
   int size = max_size;
-  while (size > min_size && tile_queries(params, size).count() * heads < int64_t{tiles_per_thread} * threads) size /= 2;
+  while (size > min_size && tile_queries(params, size).count() * heads < wanted) size /= 2;
   return size;
 }
 

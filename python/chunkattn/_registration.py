@@ -1,5 +1,7 @@
 """What torch needs to know about the operators beyond their kernels: shapes, gradients and autocast."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
@@ -9,25 +11,23 @@ from chunkattn import _ops  # noqa: F401  defines the operators
 # Device types with a dca_backward kernel.
 DIFFERENTIABLE_DEVICES = ("cpu",)
 
+_ARGUMENTS = [argument.name for argument in torch.ops.chunkattn.dca.default._schema.arguments]
+
 _library = Library("chunkattn", "FRAGMENT")
 
 
-def check_gradients(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, temperature: Tensor | None) -> None:
-    """Raises NotImplementedError when autograd would need a gradient that no kernel computes."""
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in (("cos", cos), ("sin", sin), ("temperature", temperature)):
-        if tensor is not None and tensor.requires_grad:
+def check_gradients(device: torch.device, wanted: Iterable[str]) -> None:
+    """Raises NotImplementedError when autograd wants the gradient of an argument for which there is no kernel."""
+    for name in wanted:
+        if name not in ("q", "k", "v"):
             raise NotImplementedError(
                 f"chunkattn: {name} requires grad, but gradients exist for q, k and v only; detach it"
             )
-    if q.device.type not in DIFFERENTIABLE_DEVICES:
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            if tensor.requires_grad:
-                raise NotImplementedError(
-                    f"chunkattn: {name} requires grad on {q.device}, but gradients exist on "
-                    f"{', '.join(DIFFERENTIABLE_DEVICES)} only; detach it or use torch.no_grad()"
-                )
+        if device.type not in DIFFERENTIABLE_DEVICES:
+            raise NotImplementedError(
+                f"chunkattn: {name} requires grad on {device}, but gradients exist on "
+                f"{', '.join(DIFFERENTIABLE_DEVICES)} only; detach it or use torch.no_grad()"
+            )
 
 
 def _check_devices(q: Tensor, **others: Tensor | None) -> None:
@@ -52,15 +52,14 @@ def _dca_backward_fake(
     dout, q, k, v, out, softmax_lse, cos, sin, chunk_size, local_size, scale=None, temperature=None,
     interleaved=False, q_rotated=False, k_rotated=False,
 ):  # fmt: skip
-    _check_devices(
-        q, dout=dout, k=k, v=v, out=out, softmax_lse=softmax_lse, cos=cos, sin=sin, temperature=temperature
-    )
+    _check_devices(q, dout=dout, k=k, v=v, out=out, softmax_lse=softmax_lse, cos=cos, sin=sin, temperature=temperature)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _dca_setup_context(ctx, inputs, output) -> None:
     q, k, v, cos, sin, chunk_size, local_size, scale, temperature, *flags = inputs
-    check_gradients(q, k, v, cos, sin, temperature)
+    # chunkattn.dca has asked before the launch; this is for direct calls of the operator.
+    check_gradients(q.device, (_ARGUMENTS[i] for i, wanted in enumerate(ctx.needs_input_grad) if wanted))
     out, softmax_lse = output
     ctx.mark_non_differentiable(softmax_lse)
     ctx.set_materialize_grads(False)

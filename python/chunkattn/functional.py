@@ -5,7 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from chunkattn import _core
 from chunkattn._registration import check_gradients
+
+_HAS_CUDA_KERNELS = _core.build_info()["cuda"] is not None
 
 
 def dca(
@@ -55,7 +58,7 @@ def dca(
 
     Raises:
         ValueError: an argument is not what is listed above.
-        NotImplementedError: a gradient is asked for that does not exist.
+        NotImplementedError: this build has no kernels for the device, or a gradient is asked for that does not exist.
     """
     if temperature is not None and not isinstance(temperature, Tensor):
         if not 0 < temperature < math.inf:
@@ -63,7 +66,14 @@ def dca(
         if scale is None:
             scale = 1 / math.sqrt(max(1, q.shape[-1]))
         scale, temperature = scale * temperature, None
-    check_gradients(q, k, v, cos, sin, temperature)
+    if q.is_cuda and not _HAS_CUDA_KERNELS:
+        raise NotImplementedError(
+            f"chunkattn: q is on {q.device}, but this build of chunkattn has kernels for the CPU only; build it again "
+            "with nvcc"
+        )
+    if torch.is_grad_enabled():
+        tensors = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "temperature": temperature}
+        check_gradients(q.device, (name for name, x in tensors.items() if x is not None and x.requires_grad))
     out, lse = torch.ops.chunkattn.dca(
         q, k, v, cos, sin, chunk_size, local_size, scale, temperature, interleaved, q_rotated, k_rotated
     )

@@ -88,7 +88,7 @@ def test_held_out_text_is_the_start_of_named_modules():
     assert len(modules) == 5
     for name, text in modules.items():
         assert text == (corpus.standard_library() / f"{name}.py").read_bytes()[:1000]
-    with pytest.raises(ValueError, match="must be between 1 and 62, all that have 1000 bytes"):
+    with pytest.raises(ValueError, match=r"must be between 1 and [0-9]+, all that have 1000 bytes"):
         corpus.held_out_text(1000, len(corpus.HELD_OUT_MODULES) + 1)
     with pytest.raises(ValueError, match="between 1 and 0, all that have 1000000000 bytes"):
         corpus.held_out_text(10**9)
@@ -173,7 +173,7 @@ def test_demo_tabulates_and_draws(tiny_checkpoint, tmp_path):
     ("arguments", "message"),
     [
         (["--checkpoint", "nowhere"], "no checkpoint in nowhere"),
-        (["--samples", "1000"], "must be between 1 and 62, all that have 16384 bytes"),
+        (["--samples", "1000"], ", all that have 16384 bytes in this standard library; got 1000"),
         (["--lengths", "100000000"], "all that have 100000000 bytes"),
     ],
 )

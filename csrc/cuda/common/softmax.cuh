@@ -39,6 +39,8 @@ __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&p)[
 
 template <int kSlabs>
 struct OnlineSoftmax {
+  static constexpr float kSlackLog2 = 8.f;
+
   float row_max[kSlabs][2];  // of the logits before scaling
   float row_sum[kSlabs][2];  // this thread's share; finish() adds the quad's four
 
@@ -51,37 +53,50 @@ struct OnlineSoftmax {
   }
 
   // Replaces logits by exp(scale * (logit - row maximum)), and writes the factor by which what was accumulated so far
-  // must shrink. A row may have seen no key at all yet: its maximum is -inf.
+  // must shrink. Returns whether any row of the warp shrinks at all: the maximum is only moved when a row outgrows it
+  // by 2^kSlackLog2, so after the first tiles hardly ever. Which maximum is subtracted does not change the result, and
+  // float32 sums and 16-bit weights have that much room. A row may have seen no key at all yet: its maximum is -inf.
   template <int kBlocks>
-  __device__ __forceinline__ void update(float (&logits)[kSlabs][kBlocks][4], float scale_log2,
+  __device__ __forceinline__ bool update(float (&logits)[kSlabs][kBlocks][4], float scale_log2,
                                          float (&shrink)[kSlabs][2]) {
+    bool grown = false;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float previous = row_max[slab][half];
-        float maximum = previous;
+        float even = logits[slab][0][2 * half], odd = logits[slab][0][2 * half + 1];
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-          maximum = fmaxf(maximum, fmaxf(logits[slab][block][2 * half], logits[slab][block][2 * half + 1]));
+        for (int block = 1; block < kBlocks; ++block) {
+          even = fmaxf(even, logits[slab][block][2 * half]);
+          odd = fmaxf(odd, logits[slab][block][2 * half + 1]);
         }
-        maximum = quad_max(maximum);
-        row_max[slab][half] = maximum;
-        const float offset = maximum == -INFINITY ? 0.f : maximum * scale_log2;
-        shrink[slab][half] = exp2_approx(previous * scale_log2 - offset);
-        float sum = row_sum[slab][half] * shrink[slab][half];
+        const float maximum = quad_max(fmaxf(even, odd));
+        const float previous = row_max[slab][half];
+        const bool moves = (maximum - previous) * scale_log2 > kSlackLog2;
+        grown |= moves;
+        if (moves) row_max[slab][half] = maximum;
+        shrink[slab][half] = moves ? exp2_approx((previous - maximum) * scale_log2) : 1.f;
+      }
+    }
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float offset = row_max[slab][half] == -INFINITY ? 0.f : row_max[slab][half] * scale_log2;
+        float sums[2] = {row_sum[slab][half] * shrink[slab][half], 0.f};
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = logits[slab][block][2 * half + i];
             x = exp2_approx(x * scale_log2 - offset);
-            sum += x;
+            sums[i] += x;
           }
         }
-        row_sum[slab][half] = sum;
+        row_sum[slab][half] = sums[0] + sums[1];
       }
     }
+    return __any_sync(0xffffffffu, grown);
   }
 
   // Writes the factor that normalises the output and the log-sum-exp, for rows that saw no key 0 and -inf.
@@ -91,7 +106,7 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float sum = quad_sum(row_sum[slab][half]);
-        const bool empty = sum == 0.f;
+        const bool empty = row_max[slab][half] == -INFINITY;
         normalise[slab][half] = empty ? 0.f : 1.f / sum;
         lse[slab][half] = empty ? -INFINITY : row_max[slab][half] * (scale_log2 * kLn2) + logf(sum);
       }

@@ -190,8 +190,7 @@ struct ForwardSm80 {
       }
       if (current.causal || current.valid < kTileN) hide_keys(logits, current, queries.begin + warp_row);
       float shrink[kSlabs][2];
-      softmax.update(logits, scale_log2, shrink);
-      scale_rows(output, shrink);
+      if (softmax.update(logits, scale_log2, shrink)) scale_rows(output, shrink);
       multiply_values(output, logits, v_tile);
       if (last) break;
       if (tile.regime != current.regime) load_q(tile.regime);

@@ -256,7 +256,7 @@ struct ForwardSm90 {
     const auto softmax_step = [&] {
       const KeyTile tile = walk.tile();
       if (tile.causal || tile.valid < kTileN) hide_keys(logits, tile, work.queries.begin + warp_row);
-      softmax.update(logits, scale_log2, shrink);
+      return softmax.update(logits, scale_log2, shrink);
     };
     rings.queries.wait_full(control.query_full);
     rings.keys.wait_full(control.key_full);
@@ -296,7 +296,7 @@ struct ForwardSm90 {
       ptx::wgmma_wait<1>();
       ptx::pin(logits[0]);
       release_keys();
-      softmax_step();
+      const bool shrinks = softmax_step();
       // The softmax is to run while P V does. ptxas moves a wait up over arithmetic that does not need it, but not over
       // the branches of advance(); the pin keeps the arithmetic on this side of them.
       ptx::pin(logits[0]);
@@ -305,7 +305,7 @@ struct ForwardSm90 {
       ptx::pin(output[0]);
       release_values();
       round_weights(weights, logits);
-      scale_rows(output, shrink);
+      if (shrinks) scale_rows(output, shrink);
     }
 
     rings.values.wait_full(control.value_full);
