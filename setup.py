@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -169,9 +170,8 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def finalize_options(self):
         super().finalize_options()
-        # An editable install would build in a temporary directory, and so build everything each time.
-        build = self.get_finalized_command("build")
-        self.build_temp = str(ROOT / "build" / Path(build.build_temp).name)
+        # An editable install would build in a new temporary directory, and so build everything each time.
+        self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
     def run(self):
         cxx = shlex.split(cpp_extension.get_cxx_compiler())[0]

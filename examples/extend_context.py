@@ -134,12 +134,12 @@ def relative_cost(length: int) -> int:
     return length * (length + 4096)
 
 
-def measure(methods: list[Method], texts: torch.Tensor, lengths: list[int]) -> dict[str, list[float]]:
-    """Mean bits per byte of the last SCORED_BYTES of `texts` [samples, bytes], per method and length.
+def measure(methods: list[Method], texts: torch.Tensor, lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Bits per byte of the last SCORED_BYTES of `texts` [samples, bytes]: per method, float64 [lengths, samples].
 
     The lengths ascend: past the trained length, transformers' dynamic NTK keeps the base of the longest text so far.
     """
-    results: dict[str, list[float]] = {method.name: [] for method in methods}
+    results: dict[str, torch.Tensor] = {}
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -150,6 +150,7 @@ def measure(methods: list[Method], texts: torch.Tensor, lengths: list[int]) -> d
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=len(methods) * len(texts) * sum(map(relative_cost, lengths)))
         for method in methods:
+            rows = []
             for length in lengths:
                 progress.update(bar, description=f"{method.name}, {length} bytes")
                 scores = []
@@ -157,7 +158,8 @@ def measure(methods: list[Method], texts: torch.Tensor, lengths: list[int]) -> d
                     for batch in texts[:, -length:].split(max(1, BYTES_PER_BATCH // length)):
                         scores.append(bits_per_byte(method.model, batch))
                         progress.advance(bar, len(batch) * relative_cost(length))
-                results[method.name].append(torch.cat(scores).mean().item())
+                rows.append(torch.cat(scores))
+            results[method.name] = torch.stack(rows)
     return results
 
 
@@ -173,18 +175,22 @@ def print_table(results: dict[str, list[float]], lengths: list[int], trained_len
     console.print(table)
 
 
-def print_summary(results: dict[str, list[float]], lengths: list[int], trained_length: int) -> None:
-    """One sentence on what happens at eight times the trained length, where both lengths were measured."""
+def print_summary(results: dict[str, torch.Tensor], lengths: list[int], trained_length: int) -> None:
+    """What happens at eight times the trained length, where both lengths were measured, and how sure that is."""
     if not {trained_length, 8 * trained_length} <= set(lengths):
         return
     before, after = lengths.index(trained_length), lengths.index(8 * trained_length)
-    best = min((name for name in results if name.startswith("DCA")), key=lambda name: results[name][after])
-    changes = (
-        f"{name} reads at {results[name][after]:.3f}, {results[name][after] / results[name][before]:.2f} times its "
-        f"value at {trained_length}"
-        for name in (best, "plain RoPE")
-    )
-    console.print(f"At {8 * trained_length} bytes {'; '.join(changes)}.")
+    best = min((name for name in results if name.startswith("DCA")), key=lambda name: results[name][after].mean())
+    for name in (best, "plain RoPE"):
+        scores = results[name]
+        ratio = scores[after].mean() / scores[before].mean()
+        sentence = f"{name}: {scores[after].mean():.3f} at {8 * trained_length} bytes, {ratio:.2f} times its value at "
+        sentence += str(trained_length)
+        if (samples := scores.shape[1]) > 1:
+            # Of the ratio of two means over the same modules, to first order.
+            error = (scores[after] - ratio * scores[before]).std() / samples**0.5 / scores[before].mean()
+            sentence += f" (standard error over {samples} modules: {error:.2f})"
+        console.print(sentence)
 
 
 def length_label(length: int) -> str:
@@ -232,9 +238,10 @@ def main(argv: list[str] | None = None) -> None:
     texts = torch.stack([torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in modules.values()])
     trained_length = methods[0].model.config.max_position_embeddings
 
-    results = measure(methods, texts, args.lengths)
+    scores = measure(methods, texts, args.lengths)
+    results = {name: rows.mean(1).tolist() for name, rows in scores.items()}
     print_table(results, args.lengths, trained_length, samples)
-    print_summary(results, args.lengths, trained_length)
+    print_summary(scores, args.lengths, trained_length)
     draw(results, methods, args.lengths, trained_length, args.output)
     console.print(f"The plot is in {args.output}.")
     if args.json:

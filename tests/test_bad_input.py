@@ -11,7 +11,7 @@ import chunkattn
 CASE = Case(seqlen_q=20, seqlen_k=33, batch=2, heads=4, kv_heads=2, head_dim=16, chunk_size=12, local_size=5)
 CASE = CASE.but(temperature=(1.0, 1.5))
 
-REFUSALS = (ValueError, NotImplementedError, RuntimeError)
+REFUSALS = (TypeError, ValueError, RuntimeError)
 
 
 def arguments(device):
@@ -54,9 +54,10 @@ BAD_CALLS = {
     "cos has 1 dimension": ({"cos": lambda x: x[0]}, r"cos must have 2 dimensions .* got shape \[8\]"),
     "cos has 3 dimensions": ({"cos": lambda x: x[None]}, r"cos must have 2 dimensions .* got shape \[1, 13, 8\]"),
     "sin has 1 dimension": ({"sin": lambda x: x[0]}, r"sin must have 2 dimensions .* got shape \[8\]"),
-    "k is None": ({"k": None}, "k must be a tensor, got None"),
-    "v is None": ({"v": None}, "v must be a tensor, got None"),
-    "cos is None": ({"cos": None}, "cos must be a tensor, got None"),
+    "q is None": ({"q": None}, "q must be a tensor, got NoneType"),
+    "k is None": ({"k": None}, "k must be a tensor, got NoneType"),
+    "v is a list": ({"v": lambda x: x.tolist()}, "v must be a tensor, got list"),
+    "cos is a number": ({"cos": 1.0}, "cos must be a tensor, got float"),
     "q is int64": ({"q": to(torch.int64)}, "q must be .*float16.* got Long"),
     "q is bool": ({"q": to(torch.bool)}, "q must be .*float16.* got Bool"),
     "q is complex": ({"q": to(torch.complex64)}, "q must be .*float16.* got ComplexFloat"),
@@ -146,11 +147,11 @@ BAD_CALLS = {
     "interleaved is a string": ({"interleaved": "yes"}, "interleaved"),
     "temperature is a scalar tensor": (
         {"temperature": lambda x: x[0]},
-        r"temperature must have 1 dim.* got shape \[\]",
+        r"temperature must have 1 .* got shape \[\]",
     ),
     "temperature is a matrix": (
         {"temperature": lambda x: x[None]},
-        r"temperature must have 1 dim.* got shape \[1, 2\]",
+        r"temperature must have 1 .* got shape \[1, 2\]",
     ),
     "temperature has 1 element": ({"temperature": lambda x: x[:1]}, "temperature must have one .* batch row, 2, got 1"),
     "temperature has 4 elements": (
@@ -178,6 +179,12 @@ def test_bad_calls(device, name):
     edits, message = BAD_CALLS[name]
     with pytest.raises(REFUSALS, match=message):
         chunkattn.dca(**changed(arguments(device), edits))
+
+
+@pytest.mark.parametrize("name", ["k", "v", "cos", "sin"])
+def test_operator_refuses_none(device, name):
+    with pytest.raises(ValueError, match=f"{name} must be a tensor, got None"):
+        torch.ops.chunkattn.dca(**changed(arguments(device), {name: None}))
 
 
 @pytest.mark.parametrize("name", ["k", "v", "cos", "sin", "temperature"])
@@ -229,9 +236,7 @@ def test_gradients_on_a_device_without_backward(device, name):
     values = arguments(device)
     values[name].requires_grad_()
     for function in (chunkattn.dca, torch.ops.chunkattn.dca):
-        with pytest.raises(
-            NotImplementedError, match=f"{name} requires grad on {device}.* gradients exist on cpu only"
-        ):
+        with pytest.raises(NotImplementedError, match=f"{name} requires grad on {device}.* exist on cpu only"):
             function(**values)
     with torch.no_grad():
         chunkattn.dca(**values)

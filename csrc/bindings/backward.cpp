@@ -12,8 +12,8 @@ std::tuple<Tensor, Tensor, Tensor> dca_backward_cpu(Tensor dout, Tensor q, Tenso
                                                     int64_t local_size, std::optional<double> scale,
                                                     std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
                                                     bool k_rotated) {
-  const DcaArguments arguments{q,     k,           v,           cos,       sin,      chunk_size, local_size,
-                               scale, temperature, interleaved, q_rotated, k_rotated};
+  const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
+                               local_size, scale, temperature, interleaved, q_rotated, k_rotated};
   check_dca_backward(arguments, dout, out, softmax_lse);
   Tensor dq = new_contiguous(q);
   Tensor dk = new_contiguous(k);

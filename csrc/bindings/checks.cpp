@@ -147,8 +147,8 @@ void check_table(const char* name, const Tensor& table, const DcaArguments& argu
   check_rank(name, table, 2, "[chunk_size + 1, rotary_dim / 2]");
   check_device(name, table, arguments.q);
   check_float32(name, table);
-  check(table.size(0) >= arguments.chunk_size + 1, name, " must have at least chunk_size + 1 = ",
-        arguments.chunk_size + 1, " rows, got ", table.size(0));
+  check(table.size(0) >= arguments.chunk_size + 1, name,
+        " must have at least chunk_size + 1 = ", arguments.chunk_size + 1, " rows, got ", table.size(0));
   const int64_t head_dim = arguments.q.size(3);
   check(table.size(1) >= 1 && table.size(1) <= head_dim / 2, name,
         " must have rotary_dim / 2 columns with rotary_dim in 2 .. head_dim = ", head_dim, ", got ", table.size(1),
@@ -162,8 +162,8 @@ void check_rotary(const DcaArguments& arguments) {
   check_table("cos", cos, arguments);
   check_table("sin", sin, arguments);
   check(same_shape(cos, sin), "sin must have the shape of cos, ", shape_of(cos), ", got ", shape_of(sin));
-  check(cos.stride(0) == sin.stride(0), "sin must have the row stride of cos, ", cos.stride(0), ", got ",
-        sin.stride(0), "; call .contiguous() on both");
+  check(cos.stride(0) == sin.stride(0), "sin must have the row stride of cos, ", cos.stride(0), ", got ", sin.stride(0),
+        "; call .contiguous() on both");
 }
 
 void check_temperature(const Tensor& temperature, const Tensor& q) {
@@ -204,8 +204,7 @@ void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const
   check(same_shape(dout, q), "dout must have the shape of q, ", shape_of(q), ", got ", shape_of(dout));
   check(same_shape(out, q), "out must have the shape of q, ", shape_of(q), ", got ", shape_of(out));
   check(softmax_lse.size(0) == q.size(0) && softmax_lse.size(1) == q.size(2) && softmax_lse.size(2) == q.size(1),
-        "softmax_lse must have shape [", q.size(0), ", ", q.size(2), ", ", q.size(1), "], got ",
-        shape_of(softmax_lse));
+        "softmax_lse must have shape [", q.size(0), ", ", q.size(2), ", ", q.size(1), "], got ", shape_of(softmax_lse));
   check_last_dim("dout", dout);
   check_last_dim("out", out);
   check(softmax_lse.is_contiguous(), "softmax_lse must be contiguous; call .contiguous()");

@@ -23,8 +23,8 @@ Tensor new_softmax_lse(const Tensor& q) {
 std::tuple<Tensor, Tensor> dca_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
                                    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
                                    bool interleaved, bool q_rotated, bool k_rotated) {
-  const DcaArguments arguments{q,     k,           v,           cos,       sin,      chunk_size, local_size,
-                               scale, temperature, interleaved, q_rotated, k_rotated};
+  const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
+                               local_size, scale, temperature, interleaved, q_rotated, k_rotated};
   check_dca(arguments);
   Tensor out = new_contiguous(q);
   Tensor softmax_lse = new_softmax_lse(q);
@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor> dca_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Ten
 std::tuple<Tensor, Tensor> dca_cuda(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
                                     int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
                                     bool interleaved, bool q_rotated, bool k_rotated) {
-  const DcaArguments arguments{q,     k,           v,           cos,       sin,      chunk_size, local_size,
-                               scale, temperature, interleaved, q_rotated, k_rotated};
+  const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
+                               local_size, scale, temperature, interleaved, q_rotated, k_rotated};
   check_dca(arguments);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   Tensor out = new_contiguous(q);

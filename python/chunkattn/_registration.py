@@ -11,7 +11,7 @@ from chunkattn import _ops  # noqa: F401  defines the operators
 # Device types with a dca_backward kernel.
 DIFFERENTIABLE_DEVICES = ("cpu",)
 
-_ARGUMENTS = [argument.name for argument in torch.ops.chunkattn.dca.default._schema.arguments]
+_ARGUMENTS = ("q", "k", "v", "cos", "sin", "chunk_size", "local_size", "scale", "temperature")
 
 _library = Library("chunkattn", "FRAGMENT")
 
@@ -59,7 +59,8 @@ def _dca_backward_fake(
 def _dca_setup_context(ctx, inputs, output) -> None:
     q, k, v, cos, sin, chunk_size, local_size, scale, temperature, *flags = inputs
     # chunkattn.dca has asked before the launch; this is for direct calls of the operator.
-    check_gradients(q.device, (_ARGUMENTS[i] for i, wanted in enumerate(ctx.needs_input_grad) if wanted))
+    wanted = (name for name, needed in zip(_ARGUMENTS, ctx.needs_input_grad, strict=False) if needed)
+    check_gradients(q.device, wanted)
     out, softmax_lse = output
     ctx.mark_non_differentiable(softmax_lse)
     ctx.set_materialize_grads(False)

@@ -57,10 +57,16 @@ def dca(
         logarithm, not differentiable. Gradients flow to q, k and v.
 
     Raises:
-        ValueError: an argument is not what is listed above.
+        TypeError, ValueError: an argument is not what is listed above.
         NotImplementedError: this build has no kernels for the device, or a gradient is asked for that does not exist.
     """
-    if temperature is not None and not isinstance(temperature, Tensor):
+    tensors = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"chunkattn: {name} must be a tensor, got {type(tensor).__name__}")
+    if isinstance(temperature, Tensor):
+        tensors["temperature"] = temperature
+    elif temperature is not None:
         if not 0 < temperature < math.inf:
             raise ValueError(f"chunkattn: temperature must be positive and finite, got {temperature}")
         if scale is None:
@@ -72,8 +78,7 @@ def dca(
             "with nvcc"
         )
     if torch.is_grad_enabled():
-        tensors = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "temperature": temperature}
-        check_gradients(q.device, (name for name, x in tensors.items() if x is not None and x.requires_grad))
+        check_gradients(q.device, (name for name, tensor in tensors.items() if tensor.requires_grad))
     out, lse = torch.ops.chunkattn.dca(
         q, k, v, cos, sin, chunk_size, local_size, scale, temperature, interleaved, q_rotated, k_rotated
     )

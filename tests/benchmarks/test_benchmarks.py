@@ -129,12 +129,15 @@ def test_portable_kernel_is_given_back(monkeypatch):
     assert forced == ["portable", "auto"]
 
 
-def test_every_round_starts_with_another_function():
+def test_every_round_has_an_order_of_its_own():
     order = []
     functions = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    timings = common.time_interleaved(functions, common.CpuClock(), rounds=3, seconds=0)
-    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab"
-    assert all(len(timing.samples) == 3 for timing in timings.values())
+    timings = common.time_interleaved(functions, common.CpuClock(), rounds=12, seconds=0)
+    assert order[:6] == list("aabbcc")
+    rounds = ["".join(order[begin : begin + 3]) for begin in range(6, len(order), 3)]
+    assert len(rounds) == 12 and all(sorted(names) == list("abc") for names in rounds)
+    assert {names[0] for names in rounds} == {names[-1] for names in rounds} == set("abc")
+    assert all(len(timing.samples) == 12 for timing in timings.values())
 
 
 def test_timing():

@@ -169,6 +169,19 @@ def test_demo_tabulates_and_draws(tiny_checkpoint, tmp_path):
         assert scores[plain][1] != scores[changed][1]
 
 
+def test_demo_summary_states_the_ratio_and_its_error(capsys):
+    # Means 1.0 and 1.1; the residuals of after - 1.1 * before are -0.15, 0 and 0.15.
+    dca = torch.tensor([[0.5, 1.0, 1.5], [0.4, 1.1, 1.8]], dtype=torch.float64)
+    extend_context.print_summary({"plain RoPE": 2 * dca[:, :1], "DCA": dca}, [512, 4096], 512)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "DCA: 1.100 at 4096 bytes, 1.10 times its value at 512 (standard error over 3 modules: 0.09)",
+        "plain RoPE: 0.800 at 4096 bytes, 0.80 times its value at 512",
+    ]
+    extend_context.print_summary({"plain RoPE": dca, "DCA": dca}, [512, 1024], 512)
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

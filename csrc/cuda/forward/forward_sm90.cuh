@@ -92,7 +92,7 @@ struct ForwardSm90 {
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < kQueryStages; ++i) {
       ptx::mbarrier_init(control.query_full + i, kQueryThreads);
-      ptx::mbarrier_init(control.query_empty + i, kConsumerWarps);
+      ptx::mbarrier_init(control.query_empty + i, kConsumers * 128);  // every thread: each wrote output there
     }
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(control.key_full + i, 1);
@@ -264,7 +264,7 @@ struct ForwardSm90 {
     const auto advance = [&] {
       if (!walk.advance_in_segment()) {
         if (!walk.open_segment()) return false;
-        arrive_warp(control.query_empty + rings.queries.index);
+        ptx::mbarrier_arrive(control.query_empty + rings.queries.index);
         rings.queries.advance();
         rings.queries.wait_full(control.query_full);
       }
@@ -324,7 +324,7 @@ struct ForwardSm90 {
     ptx::named_barrier_sync(kStoreBarrier + warpgroup, 128);
     store_output(query_tile(rings.queries.index), output, out, params.out_strides.seq, warp_row, valid,
                  params.shape.head_dim, vectorized.out);
-    arrive_warp(control.query_empty + rings.queries.index);
+    ptx::mbarrier_arrive(control.query_empty + rings.queries.index);
     rings.queries.advance();
     store_lse(lse, params.softmax_lse + static_cast<int64_t>(work.plane) * params.shape.seqlen_q + work.first_query,
               warp_row, valid);

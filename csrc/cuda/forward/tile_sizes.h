@@ -6,15 +6,15 @@ namespace chunkattn::cuda {
 // The head dims the kernels are compiled for; others run in the next larger one, padded inside the kernel.
 constexpr int kForwardHeadDims[] = {64, 128, 256};
 
-// mma.sync: 32 rows per warp use each fragment of K and V twice. Output and logits take 192 registers of a thread at
-// head_dim 64 and 128, so two blocks share a multiprocessor. head_dim 256 has room for 16 rows per warp only, and
-// 96 KB of shared memory is what fits every sm_8x.
+// mma.sync: 32 rows per warp use each fragment of K and V twice. Output and logits take 128 registers of a thread at
+// head_dim 64 and 192 at 128, and two blocks share a multiprocessor. head_dim 256 has room for 16 rows per warp only,
+// and 96 KB of shared memory is what fits every sm_8x.
 template <int kHeadDim>
 struct ForwardSm80Tile;
 
 template <>
 struct ForwardSm80Tile<64> {
-  static constexpr int kTileM = 128, kTileN = 128, kWarps = 4;
+  static constexpr int kTileM = 128, kTileN = 64, kWarps = 4;
 };
 
 template <>

@@ -1,0 +1,233 @@
+"""The operators inside torch: opcheck, torch.compile, autocast, checkpointing, streams and CUDA graphs."""
+
+import pytest
+import torch
+from cases import Case, dtypes, gradients, has_backward
+from tolerance import assert_within_rule
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+import chunkattn
+
+CASE = Case(seqlen_q=40, seqlen_k=70, head_dim=16, chunk_size=24, local_size=7)
+
+
+def call(device, dtype, case=CASE):
+    """q, k, v that require gradients where the device has them, and the remaining arguments."""
+    return tuple(x.requires_grad_(has_backward(device)) for x in case.inputs(device, dtype)), case.options(device)
+
+
+def operator_arguments(device, dtype, case=CASE):
+    (q, k, v), options = call(device, dtype, case)
+    return q, k, v, *options.values()
+
+
+VARIANTS = [
+    CASE,
+    CASE.but(temperature=(1.0, 1.5), scale=0.3, interleaved=True),
+    CASE.but(q_rotated=True, k_rotated=True, rotary_dim=8),
+    CASE.but(seqlen_q=0),
+]
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_opcheck_forward(device, case):
+    for dtype in dtypes(device):
+        opcheck(torch.ops.chunkattn.dca.default, operator_arguments(device, dtype, case))
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_opcheck_backward(device, case):
+    if not has_backward(device):
+        pytest.skip(f"chunkattn has no backward on {device.type}")
+    for dtype in dtypes(device):
+        q, k, v, *rest = (
+            x.detach() if isinstance(x, torch.Tensor) else x for x in operator_arguments(device, dtype, case)
+        )
+        out, lse = torch.ops.chunkattn.dca(q, k, v, *rest)
+        opcheck(torch.ops.chunkattn.dca_backward.default, (torch.randn_like(out), q, k, v, out, lse, *rest))
+
+
+def test_fake_results_have_the_strides_of_real_ones(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q, k, v, *rest = operator_arguments(device, dtypes(device)[0])
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    real = torch.ops.chunkattn.dca(q, k, v, *rest)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = torch.ops.chunkattn.dca(*(mode.from_tensor(x) for x in (q, k, v)), *rest)
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compile_forward(device, dynamic):
+    @torch.compile(fullgraph=True, dynamic=dynamic)
+    def compiled(q, k, v, **options):
+        out, lse = chunkattn.dca(q * 2, k, v, **options, return_lse=True)
+        return out + 1, lse
+
+    for seqlen_k in (70, 71):
+        case = CASE.but(seqlen_k=seqlen_k)
+        (q, k, v), options = call(device, dtypes(device)[0], case)
+        with torch.no_grad():
+            out, lse = compiled(q, k, v, **options)
+            expected, expected_lse = chunkattn.dca(q * 2, k, v, **options, return_lse=True)
+        torch.testing.assert_close(out, expected + 1, rtol=0, atol=0)
+        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.25, (1.0, 1.5)])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compile_with_gradients(device, dynamic, temperature):
+    if not has_backward(device):
+        pytest.skip(f"chunkattn has no backward on {device.type}")
+    compiled = torch.compile(chunkattn.dca, fullgraph=True, dynamic=dynamic)
+    for seqlen_q in (40, 41):
+        qkv, options = call(device, torch.float32, CASE.but(seqlen_q=seqlen_q, temperature=temperature))
+        dout = torch.randn_like(qkv[0])
+        ours = gradients(compiled, qkv, dout, options)
+        for a, b in zip(ours, gradients(chunkattn.dca, qkv, dout, options), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compile_refuses_what_eager_refuses(device):
+    compiled = torch.compile(chunkattn.dca, fullgraph=True)
+    (q, k, v), options = call(device, dtypes(device)[0])
+    with torch.no_grad(), pytest.raises(ValueError, match="local_size must lie in"):
+        compiled(q, k, v, **{**options, "local_size": 24})
+
+
+@pytest.mark.parametrize("through", [chunkattn.dca, torch.ops.chunkattn.dca])
+def test_autocast_casts_q_k_and_v_alone(device, through):
+    (q, k, v), options = call(device, torch.float32, CASE.but(temperature=(1.0, 1.5)))
+    # Temperature and table would be rounded visibly: nothing but q, k and v may be.
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float16):
+            expected = through(*(x.to(dtype) for x in (q, k, v)), **options)
+            with torch.autocast(device.type, dtype=dtype):
+                result = through(q, k, v, **options)
+            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_autocast_of_mixed_inputs(device):
+    # As a cache in half precision and queries from an operator that autocast keeps in float32.
+    (q, k, v), options = call(device, torch.float32)
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
+        result = chunkattn.dca(q, k.bfloat16(), v.bfloat16(), **options)
+        assert torch.equal(result, chunkattn.dca(q, k, v, **options))
+
+
+def test_autocast_leaves_float64(device):
+    if torch.float64 not in dtypes(device):
+        pytest.skip(f"chunkattn has no float64 on {device.type}")
+    (q, k, v), options = call(device, torch.float64)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert chunkattn.dca(q, k, v, **options).dtype == torch.float64
+
+
+def test_autocast_gradients_have_the_dtype_of_the_inputs(device):
+    if not has_backward(device):
+        pytest.skip(f"chunkattn has no backward on {device.type}")
+    (q, k, v), options = call(device, torch.float32)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = chunkattn.dca(q, k, v, **options)
+    assert out.dtype == torch.bfloat16
+    dout = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (q, k, v), dout)
+    half = gradients(chunkattn.dca, tuple(x.bfloat16() for x in (q, k, v)), dout, options)
+    for a, b in zip(ours, half, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b.float())
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compile_under_autocast(device, dynamic):
+    @torch.compile(fullgraph=True, dynamic=dynamic)
+    def compiled(q, k, v, options):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return chunkattn.dca(q, k, v, **options)
+
+    (q, k, v), options = call(device, torch.float32)
+    result = compiled(q, k, v, options)
+    expected = chunkattn.dca(*(x.bfloat16() for x in (q, k, v)), **options)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(device, use_reentrant):
+    if not has_backward(device):
+        pytest.skip(f"chunkattn has no backward on {device.type}")
+    qkv, options = call(device, torch.float32)
+    dout = torch.randn_like(qkv[0])
+    for x in qkv:
+        x.grad = None
+    checkpoint(lambda *x: chunkattn.dca(*x, **options), *qkv, use_reentrant=use_reentrant).backward(dout)
+    for x, expected in zip(qkv, gradients(chunkattn.dca, qkv, dout, options), strict=True):
+        assert torch.equal(x.grad, expected)
+
+
+def test_inference_mode(device):
+    (q, k, v), options = call(device, dtypes(device)[0])
+    with torch.no_grad():
+        expected = chunkattn.dca(q, k, v, **options)
+    with torch.inference_mode():
+        assert torch.equal(chunkattn.dca(q, k, v, **options), expected)
+
+
+def test_operator_and_function_agree(device):
+    (q, k, v), options = call(device, dtypes(device)[0], CASE.but(temperature=(1.0, 1.5), interleaved=True))
+    with torch.no_grad():
+        function = chunkattn.dca(q, k, v, **options, return_lse=True)
+        operator = torch.ops.chunkattn.dca(q, k, v, **options)
+        alone = chunkattn.dca(q, k, v, **options)
+    assert all(torch.equal(a, b) for a, b in zip(function, operator, strict=True))
+    assert torch.equal(alone, function[0])
+
+
+def test_a_float_temperature_is_one_for_every_row(device):
+    case = CASE.but(temperature=1.5)
+    (q, k, v), options = call(device, dtypes(device)[0], case)
+    with torch.no_grad():
+        one = chunkattn.dca(q, k, v, **options)
+        rows = chunkattn.dca(q, k, v, **case.but(temperature=(1.5, 1.5)).options(device))
+    assert_within_rule(one, rows.double(), rows, "out")
+
+
+def test_cuda_follows_the_current_stream(cuda):
+    (q, k, v), options = call(cuda, torch.bfloat16, Case(seqlen_q=512, chunk_size=200, local_size=77))
+    expected = chunkattn.dca(q * 2, k, v, **options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # q is late: a launch on another stream would miss it
+        late = q * 2
+        result = chunkattn.dca(late, k, v, **options)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("k_rotated", [False, True])
+def test_cuda_graph_replays(cuda, k_rotated):
+    case = Case(seqlen_q=300, chunk_size=100, local_size=37, k_rotated=k_rotated)
+    (q, k, v), options = call(cuda, torch.bfloat16, case)
+    chunkattn.dca(q, k, v, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chunkattn.dca(q, k, v, **options)
+    for seed in (1, 2):
+        for x, fresh in zip((q, k, v), case.inputs(cuda, torch.bfloat16, seed), strict=True):
+            x.copy_(fresh)
+        graph.replay()
+        assert torch.equal(captured, chunkattn.dca(q, k, v, **options))
+
+
+def test_cuda_tensors_of_a_device_that_is_not_current(cuda):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    other = torch.device("cuda", 1)
+    (q, k, v), options = call(other, torch.bfloat16)
+    with torch.cuda.device(0):
+        result = chunkattn.dca(q, k, v, **options)
+    with torch.cuda.device(other):
+        assert torch.equal(result, chunkattn.dca(q, k, v, **options))
