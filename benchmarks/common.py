@@ -165,9 +165,8 @@ def make_clock(device):
 def time_interleaved(functions, clock, *, rounds=11, seconds=0.7):
     """Times functions against each other: every round runs each of them, in another order each time.
 
-    Clocks move under load, so times taken one implementation after the other do not compare. In a fixed order they would
-    not either: what runs after a slow kernel that leaves the device cool finds higher clocks than what runs after a fast
-    one.
+    Clocks move under load, so times taken one implementation after the other do not compare. Nor would they in a fixed
+    order: after a slow kernel that leaves the device cool, the next finds higher clocks.
 
     Args:
         functions: name to function without arguments. Each is called once to warm up.

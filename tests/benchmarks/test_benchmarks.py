@@ -135,7 +135,8 @@ def test_every_round_has_an_order_of_its_own():
     timings = common.time_interleaved(functions, common.CpuClock(), rounds=12, seconds=0)
     assert order[:6] == list("aabbcc")
     rounds = ["".join(order[begin : begin + 3]) for begin in range(6, len(order), 3)]
-    assert len(rounds) == 12 and all(sorted(names) == list("abc") for names in rounds)
+    assert len(rounds) == 12
+    assert all(sorted(names) == list("abc") for names in rounds)
     assert {names[0] for names in rounds} == {names[-1] for names in rounds} == set("abc")
     assert all(len(timing.samples) == 12 for timing in timings.values())
 
