@@ -89,7 +89,7 @@ def fastest_dtype(checkpoint: Path, device: str) -> torch.dtype:
 
 def affordable_samples(dtype: torch.dtype, device: str) -> int:
     """All modules on a GPU; on a CPU what two cores read within three minutes."""
-    return len(HELD_OUT_MODULES) if device.startswith("cuda") else 8 if dtype == torch.bfloat16 else 4
+    return len(HELD_OUT_MODULES) if device.startswith("cuda") else 5 if dtype == torch.bfloat16 else 2
 
 
 @dataclass(frozen=True)
