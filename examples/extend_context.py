@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "lengths": args.lengths,
-            "bits_per_byte": {name: [round(value, 4) for value in row] for name, row in results.items()},
+            "bits_per_byte": results,
         }
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 

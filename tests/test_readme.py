@@ -1,0 +1,44 @@
+"""The tables of the README say what the committed result files say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "h100"
+
+
+def table_below(header: str) -> dict[str, list[str]]:
+    """The rows of the table whose first line begins with `header`, by their first cell."""
+    if not (ROOT / "README.md").exists() or not RESULTS.exists():
+        pytest.skip("runs from the repository")
+    lines = iter((ROOT / "README.md").read_text().splitlines())
+    assert any(line.startswith(header) for line in lines), f"README.md has no table {header!r}"
+    next(lines)
+    rows = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[name] = cells
+    return rows
+
+
+def test_demo_table():
+    rows = table_below("| trained on 512 bytes")
+    measured = json.loads((RESULTS / "extend_context.json").read_text())["bits_per_byte"]
+    assert rows == {name: [f"{value:.3f}" for value in values] for name, values in measured.items()}
+
+
+def test_speed_table():
+    rows = table_below("| | chunkattn DCA |")
+    measured = {}
+    for row in json.loads((RESULTS / "forward.json").read_text())["rows"]:
+        kv_heads = "" if row["kv_heads"] == row["heads"] else f"/{row['kv_heads']}"
+        shape = f"{row['seq_q'] // 1000 if row['seq_q'] > 99999 else row['seq_q'] // 1024}k"
+        shape += f", {row['heads']}{kv_heads} heads, d {row['head_dim']}"
+        # Of the settings of DCA the table shows the paper's, the first one measured.
+        measured.setdefault((shape, row["impl"]), f"{row['tflops']:.0f}")
+    columns = ("chunkattn", "fa3", "cudnn", "fa2", "composed-fa3")
+    assert rows == {shape: [measured[shape, impl] for impl in columns] for shape in rows}
