@@ -52,51 +52,62 @@ struct OnlineSoftmax {
     }
   }
 
-  // Replaces logits by exp(scale * (logit - row maximum)), and writes the factor by which what was accumulated so far
-  // must shrink. Returns whether any row of the warp shrinks at all: the maximum is only moved when a row outgrows it
-  // by 2^kSlackLog2, so after the first tiles hardly ever. Which maximum is subtracted does not change the result, and
-  // float32 sums and 16-bit weights have that much room. A row may have seen no key at all yet: its maximum is -inf.
-  template <int kBlocks>
-  __device__ __forceinline__ bool update(float (&logits)[kSlabs][kBlocks][4], float scale_log2,
-                                         float (&shrink)[kSlabs][2]) {
+  // A thread's rows lane / 4 (kHalf 0) or lane / 4 + 8 (kHalf 1): moves their maxima up to those of the logits, and
+  // writes the factor by which what was accumulated so far must shrink. Returns whether a row shrinks at all: a maximum
+  // is only moved when its row outgrows it by 2^kSlackLog2, so after the first tiles hardly ever. Which maximum is
+  // subtracted does not change the result, and float32 sums and 16-bit weights have that much room.
+  template <int kHalf, int kBlocks>
+  __device__ __forceinline__ bool raise_maximum(const float (&logits)[kSlabs][kBlocks][4], float scale_log2,
+                                                float (&shrink)[kSlabs][2]) {
     bool grown = false;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
+      float even = logits[slab][0][2 * kHalf], odd = logits[slab][0][2 * kHalf + 1];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float even = logits[slab][0][2 * half], odd = logits[slab][0][2 * half + 1];
-#pragma unroll
-        for (int block = 1; block < kBlocks; ++block) {
-          even = fmaxf(even, logits[slab][block][2 * half]);
-          odd = fmaxf(odd, logits[slab][block][2 * half + 1]);
-        }
-        const float maximum = quad_max(fmaxf(even, odd));
-        const float previous = row_max[slab][half];
-        const bool moves = (maximum - previous) * scale_log2 > kSlackLog2;
-        grown |= moves;
-        if (moves) row_max[slab][half] = maximum;
-        shrink[slab][half] = moves ? exp2_approx((previous - maximum) * scale_log2) : 1.f;
+      for (int block = 1; block < kBlocks; ++block) {
+        even = fmaxf(even, logits[slab][block][2 * kHalf]);
+        odd = fmaxf(odd, logits[slab][block][2 * kHalf + 1]);
       }
+      const float maximum = quad_max(fmaxf(even, odd));
+      const float previous = row_max[slab][kHalf];
+      const bool moves = (maximum - previous) * scale_log2 > kSlackLog2;
+      grown |= moves;
+      if (moves) row_max[slab][kHalf] = maximum;
+      shrink[slab][kHalf] = moves ? exp2_approx((previous - maximum) * scale_log2) : 1.f;
+      row_sum[slab][kHalf] *= shrink[slab][kHalf];
     }
+    return grown;
+  }
+
+  // Replaces the rows' logits by exp(scale * (logit - row maximum)) and adds them up. A row may have seen no key at all
+  // yet: its maximum is -inf.
+  template <int kHalf, int kBlocks>
+  __device__ __forceinline__ void exponentiate(float (&logits)[kSlabs][kBlocks][4], float scale_log2) {
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
+      const float offset = row_max[slab][kHalf] == -INFINITY ? 0.f : row_max[slab][kHalf] * scale_log2;
+      float odd_sum = 0.f;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float offset = row_max[slab][half] == -INFINITY ? 0.f : row_max[slab][half] * scale_log2;
-        float sums[2] = {row_sum[slab][half] * shrink[slab][half], 0.f};
+      for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float& x = logits[slab][block][2 * half + i];
-            x = exp2_approx(x * scale_log2 - offset);
-            sums[i] += x;
-          }
+        for (int i = 0; i < 2; ++i) {
+          float& x = logits[slab][block][2 * kHalf + i];
+          x = exp2_approx(x * scale_log2 - offset);
+          (i == 0 ? row_sum[slab][kHalf] : odd_sum) += x;
         }
-        row_sum[slab][half] = sums[0] + sums[1];
       }
+      row_sum[slab][kHalf] += odd_sum;
     }
-    return __any_sync(0xffffffffu, grown);
+  }
+
+  // Everything for all rows. Returns whether any row of the warp shrinks.
+  template <int kBlocks>
+  __device__ __forceinline__ bool update(float (&logits)[kSlabs][kBlocks][4], float scale_log2,
+                                         float (&shrink)[kSlabs][2]) {
+    const bool grown[2] = {raise_maximum<0>(logits, scale_log2, shrink), raise_maximum<1>(logits, scale_log2, shrink)};
+    exponentiate<0>(logits, scale_log2);
+    exponentiate<1>(logits, scale_log2);
+    return __any_sync(0xffffffffu, grown[0] | grown[1]);
   }
 
   // Writes the factor that normalises the output and the log-sum-exp, for rows that saw no key 0 and -inf.

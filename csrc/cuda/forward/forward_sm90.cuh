@@ -253,10 +253,20 @@ struct ForwardSm90 {
     float shrink[1][2];
     OnlineSoftmax<1> softmax;
     KeyTileWalk<kTileN> walk(work.segments, work.queries.begin);
-    const auto softmax_step = [&] {
+    // The softmax of a key tile in two parts, between which P V of the tile before is awaited, since P needs its
+    // registers. Each part has exponentials, so that their unit is never idle for long: while it works on one half of
+    // the rows, the maxima of the other half are found.
+    const auto softmax_first = [&] {
       const KeyTile tile = walk.tile();
       if (tile.causal || tile.valid < kTileN) hide_keys(logits, tile, work.queries.begin + warp_row);
-      return softmax.update(logits, scale_log2, shrink);
+      bool grown = softmax.template raise_maximum<0>(logits, scale_log2, shrink);
+      softmax.template exponentiate<0>(logits, scale_log2);
+      grown |= softmax.template raise_maximum<1>(logits, scale_log2, shrink);
+      return __any_sync(0xffffffffu, grown) != 0;
+    };
+    const auto softmax_second = [&] {
+      softmax.template exponentiate<1>(logits, scale_log2);
+      round_weights(weights, logits);
     };
     rings.queries.wait_full(control.query_full);
     rings.keys.wait_full(control.key_full);
@@ -284,8 +294,8 @@ struct ForwardSm90 {
     ptx::wgmma_wait<0>();
     ptx::pin(logits[0]);
     release_keys();
-    softmax_step();
-    round_weights(weights, logits);
+    softmax_first();
+    softmax_second();
 
     for (bool more = advance(); more;) {
       rings.values.wait_full(control.value_full);
@@ -296,15 +306,15 @@ struct ForwardSm90 {
       ptx::wgmma_wait<1>();
       ptx::pin(logits[0]);
       release_keys();
-      const bool shrinks = softmax_step();
-      // The softmax is to run while P V does. ptxas moves a wait up over arithmetic that does not need it, but not over
-      // the branches of advance(); the pin keeps the arithmetic on this side of them.
+      const bool shrinks = softmax_first();
+      // ptxas moves a wait up over arithmetic that does not need it, but not over the branches of advance(); the pin
+      // keeps the arithmetic on this side of them.
       ptx::pin(logits[0]);
       more = advance();
       ptx::wgmma_wait<0>();
       ptx::pin(output[0]);
       release_values();
-      round_weights(weights, logits);
+      softmax_second();
       if (shrinks) scale_rows(output, shrink);
     }
 
@@ -351,7 +361,8 @@ struct ForwardSm90 {
     constexpr size_t kControlOffset = kSharedBytes - sizeof(Control);
     const ForwardSm90 self{params, vectorized, ptx::shared_address(shared_memory),
                            *reinterpret_cast<Control*>(shared_memory + kControlOffset)};
-    const int warpgroup = threadIdx.x / 128;
+    // The shuffle tells ptxas that the index is uniform, and so are the descriptors made of it.
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) self.init_barriers();
     __syncthreads();
     if (warpgroup == 0) {

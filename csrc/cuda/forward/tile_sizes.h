@@ -27,21 +27,22 @@ struct ForwardSm80Tile<256> {
   static constexpr int kTileM = 64, kTileN = 64, kWarps = 4;
 };
 
-// wgmma: each consumer warpgroup owns 64 rows. 227 KB of shared memory hold the two rotations of Q in flight, and two
-// stages of K and of V; at head_dim 256 there is room for one Q. Registers per thread times threads fit 64 K.
+// wgmma: each consumer warpgroup owns 64 rows. 227 KB of shared memory hold the rotations of Q in flight (the one
+// in use and two ahead, so that short segments do not wait for theirs), and the stages of K and of V; at head_dim 256
+// there is room for one Q. Registers per thread times threads fit 64 K.
 // kQueryBatch rows per thread are under way when queries are prepared, 24 registers each.
 template <int kHeadDim>
 struct ForwardSm90Tile;
 
 template <>
 struct ForwardSm90Tile<64> {
-  static constexpr int kTileM = 192, kTileN = 128, kConsumers = 3, kStages = 2, kQueryStages = 2;
+  static constexpr int kTileM = 192, kTileN = 128, kConsumers = 3, kStages = 3, kQueryStages = 3;
   static constexpr int kConsumerRegisters = 160, kProducerRegisters = 32, kQueryBatch = 1;
 };
 
 template <>
 struct ForwardSm90Tile<128> {
-  static constexpr int kTileM = 128, kTileN = 128, kConsumers = 2, kStages = 2, kQueryStages = 2;
+  static constexpr int kTileM = 128, kTileN = 128, kConsumers = 2, kStages = 2, kQueryStages = 3;
   static constexpr int kConsumerRegisters = 200, kProducerRegisters = 104, kQueryBatch = 2;
 };
 
