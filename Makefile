@@ -11,13 +11,15 @@ BUILT := $(VENV)/.built$(CHUNKATTN_CUDA)
 CMAKE_CUDA_0 := OFF
 CMAKE_CUDA_1 := ON
 CMAKE_CUDA_ := AUTO
-CPP_FILES = $(shell find csrc tests/cpp \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+CPP_FILES = $(shell find csrc benchmarks/cpp tests/cpp \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 IN_VENV := PATH="$(BIN):$$PATH"
+CONFIGURE = $(IN_VENV) cmake -S . -B $(BUILD) -G Ninja -DCMAKE_COMPILE_WARNING_AS_ERROR=ON \
+  -DCHUNKATTN_CUDA=$(CMAKE_CUDA_$(CHUNKATTN_CUDA))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format test-cpp test-python build clean
+.PHONY: help demo test lint format test-cpp test-python bench build clean
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,13 +41,17 @@ format: build ## Format all sources
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 test-cpp: build ## Compile the kernels without torch, the .cu files where nvcc is found, and run the C++ tests
-	$(IN_VENV) cmake -S . -B $(BUILD) -G Ninja -DCMAKE_COMPILE_WARNING_AS_ERROR=ON \
-	  -DCHUNKATTN_CUDA=$(CMAKE_CUDA_$(CHUNKATTN_CUDA))
+	$(CONFIGURE)
 	$(IN_VENV) cmake --build $(BUILD) --parallel $(JOBS)
 	$(IN_VENV) ctest --test-dir $(BUILD) --output-on-failure
 
 test-python: build ## Run the Python tests
 	$(BIN)/python -m pytest
+
+bench: build ## Time the kernels, and what the machine does at best; BENCH="--list" and the like are its options
+	$(CONFIGURE)
+	$(IN_VENV) cmake --build $(BUILD) --parallel $(JOBS) --target chunkattn_bench
+	$(BUILD)/chunkattn_bench $(BENCH)
 
 build: $(BUILT) ## Set up .venv and build the package into it
 
