@@ -24,8 +24,6 @@ from torch.nn.functional import scaled_dot_product_attention
 import chunkattn
 from chunkattn import _core
 
-PORTABLE_KERNEL = "forward_sm80"
-
 
 class Absent(Exception):
     """The implementation is not on this machine. The message says why."""
@@ -38,6 +36,9 @@ class Engine:
     causal: Callable[[Tensor, Tensor, Tensor], Tensor]
     # (q, k, v, causal) -> out and its log-sum-exp [B, H, Sq]; causal only where q and k have one length
     with_lse: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+    # (dout, q, k, v, out, lse, causal) -> dq, dk, dv. With the out and lse of a softmax over further keys these are the
+    # part that the given keys have in the gradients.
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 def load_fa3(folder):
@@ -73,7 +74,10 @@ def fa3_engine(folder):
     def with_lse(q, k, v, causal):
         return ops.fwd(q, k, v, is_causal=causal)[:2]
 
-    return Engine(lambda q, k, v: with_lse(q, k, v, True)[0], with_lse)
+    def backward(dout, q, k, v, out, lse, causal):
+        return ops.bwd(dout, q, k, v, out, lse, is_causal=causal)[:3]
+
+    return Engine(lambda q, k, v: with_lse(q, k, v, True)[0], with_lse, backward)
 
 
 def _sdpa(backend, q, k, v):
@@ -105,7 +109,16 @@ def fa2_engine():
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return _transposed(torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal))
 
-    return Engine(functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), with_lse)
+    def backward(dout, q, k, v, out, lse, causal):
+        dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        seed, offset = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in (2, 0))  # without dropout unused
+        lengths = None, None, q.shape[2], k.shape[2]
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, *lengths, 0.0, causal, seed, offset
+        )
+        return tuple(x.transpose(1, 2) for x in grads)
+
+    return Engine(functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), with_lse, backward)
 
 
 def cpu_engine():
@@ -115,7 +128,15 @@ def cpu_engine():
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return _transposed(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal))
 
-    return Engine(functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), with_lse)
+    def backward(dout, q, k, v, out, lse, causal):
+        kv_heads = k.shape[2]
+        k, v = (x.repeat_interleave(q.shape[2] // kv_heads, dim=2) for x in (k, v))
+        inputs = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, lse, 0.0, causal)
+        dq, dk, dv = (x.transpose(1, 2) for x in grads)
+        return dq, *(x.unflatten(2, (kv_heads, -1)).sum(dim=3) for x in (dk, dv))
+
+    return Engine(functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), with_lse, backward)
 
 
 def find_engines(device, fa3_folder=None):
@@ -191,21 +212,72 @@ class ComposedDca:
             tuple(table[row.clamp(max=setting.chunk_size)].unsqueeze(1) for table in (cos, sin)) for row in query_rows
         ]
 
-    def __call__(self, q, k, v, rotate=rotate, merge=merge):
-        intra, succ, inter = (rotate(q, *table) for table in self.tables)
-        k = rotate(k, *self.tables[0])
-        out = torch.empty_like(q)
+    def calls(self, seq):
+        """(queries, calls) of each chunk; a call is (index of Q's rotation, keys, causal)."""
         stride = self.stride
-        attend = self.engine.with_lse
-        for begin in range(0, q.shape[1], stride):
+        for begin in range(0, seq, stride):
             own, before, earlier = slice(begin, begin + stride), slice(begin - stride, begin), slice(0, begin - stride)
-            parts = [attend(intra[:, own], k[:, own], v[:, own], True)]
+            calls = [(0, own, True)]
             if begin >= stride:
-                parts.append(attend(succ[:, own], k[:, before], v[:, before], False))
+                calls.append((1, before, False))
             if begin > stride:
-                parts.append(attend(inter[:, own], k[:, earlier], v[:, earlier], False))
-            merge(parts, out[:, own])
+                calls.append((2, earlier, False))
+            yield own, calls
+
+    def attend(self, own, calls, queries, k, v):
+        """(out, lse) of each of a chunk's calls."""
+        return [
+            self.engine.with_lse(queries[index][:, own], k[:, keys], v[:, keys], causal)
+            for index, keys, causal in calls
+        ]
+
+    def rotations(self, q, k, rotate=rotate):
+        """q in its three rotations, and k in its one."""
+        return [rotate(q, *table) for table in self.tables], rotate(k, *self.tables[0])
+
+    def __call__(self, q, k, v, rotate=rotate, merge=merge):
+        queries, k = self.rotations(q, k, rotate)
+        out = torch.empty_like(q)
+        for own, calls in self.calls(q.shape[1]):
+            merge(self.attend(own, calls, queries, k, v), out[:, own])
         return out
+
+
+class ComposedGradients:
+    """The gradients of a :class:`ComposedDca`: of each of its calls, given the output and the log-sum-exp of all keys.
+
+    What the forward computes is saved when the object is made, as autograd would. A call finds the gradients with
+    respect to raw q and k; parts of dK and dV are summed in float32.
+    """
+
+    def __init__(self, composed, q, k, v, dout):
+        self.composed, self.v = composed, v
+        self.queries, self.k = composed.rotations(q, k)
+        self.chunks = []
+        for own, calls in composed.calls(q.shape[1]):
+            parts = composed.attend(own, calls, self.queries, self.k, v)
+            out = torch.empty_like(q[:, own])
+            merge(parts, out)
+            lse = torch.logsumexp(torch.stack([lse for _, lse in parts]), dim=0)
+            self.chunks.append((own, calls, dout[:, own], out, lse))
+
+    def __call__(self):
+        tables = self.composed.tables
+        dq = torch.empty_like(self.queries[0])
+        wide = torch.promote_types(dq.dtype, torch.float32)
+        dk, dv = (torch.zeros_like(self.k, dtype=wide) for _ in range(2))
+        for own, calls, dout, out, lse in self.chunks:
+            total = torch.zeros_like(out, dtype=wide)
+            for index, keys, causal in calls:
+                q, k, v = self.queries[index][:, own], self.k[:, keys], self.v[:, keys]
+                part_q, part_k, part_v = self.composed.engine.backward(dout, q, k, v, out, lse, causal)
+                cos, sin = (table[own] if table.shape[0] > 1 else table for table in tables[index])
+                total += rotate(part_q, cos, -sin)
+                dk[:, keys] += part_k
+                dv[:, keys] += part_v
+            dq[:, own] = total
+        cos, sin = tables[0]
+        return dq, rotate(dk, cos, -sin).to(dq.dtype), dv.to(dq.dtype)
 
 
 @contextlib.contextmanager
@@ -218,14 +290,13 @@ def portable_kernel():
         torch.ops.chunkattn.force_kernel("auto")
 
 
-def find_portable_kernel(device):
-    """:func:`portable_kernel`, or Absent where the op has no faster kernel."""
+def find_portable_kernel(device, find_plan=_core.plan_forward):
+    """:func:`portable_kernel`, or Absent where the op has no faster kernel; find_plan says which it takes."""
     if torch.device(device).type == "cpu" or not hasattr(torch.ops.chunkattn, "force_kernel"):
         raise Absent("runs on CUDA only")
     major, minor = torch.cuda.get_device_capability(device)
     shape = {"batch": 1, "seqlen_q": 1, "seqlen_k": 1, "heads": 1, "kv_heads": 1, "head_dim": 128}
-    default = _core.plan_forward(**shape, compute_capability=10 * major + minor).name
-    if default == PORTABLE_KERNEL:
+    if find_plan(**shape, compute_capability=10 * major + minor).name.endswith("_sm80"):
         raise Absent("the portable kernel is the default here, and measured as chunkattn")
     return portable_kernel
 
@@ -236,5 +307,42 @@ def chunkattn_call(q, k, v, cos, sin, setting, context=contextlib.nullcontext):
     def call():
         with context():
             return chunkattn.dca(q, k, v, cos, sin, chunk_size=setting.chunk_size, local_size=setting.local_size)
+
+    return call
+
+
+def autograd_gradients(function, q, k, v, dout):
+    """A call of the backward of ``function(q, k, v)``, whose forward runs here."""
+    qkv = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    with torch.enable_grad():
+        out = function(*qkv)
+    return lambda: torch.autograd.grad(out, qkv, dout, retain_graph=True)
+
+
+def engine_gradients(engine, q, k, v, dout):
+    """A call of a dense engine's backward: its own op where there is one, autograd's where not."""
+    if engine.backward is None:
+        return autograd_gradients(engine.causal, q, k, v, dout)
+    out, lse = engine.with_lse(q, k, v, True)
+    return lambda: engine.backward(dout, q, k, v, out, lse, True)
+
+
+def flex_gradients(q, k, v, dout):
+    """A call of FlexAttention's backward, dense causal, compiled for these inputs."""
+    qkv = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    with torch.enable_grad():
+        out = flex_attention(*qkv)()
+    return lambda: torch.autograd.grad(out, qkv, dout, retain_graph=True)
+
+
+def chunkattn_gradients(q, k, v, dout, cos, sin, setting, *, deterministic=False, context=contextlib.nullcontext):
+    """A call of the op's backward for raw q and k."""
+    sizes = setting.chunk_size, setting.local_size
+    out, lse = torch.ops.chunkattn.dca(q, k, v, cos, sin, *sizes)
+    saved = (dout, q, k, v, out, lse, cos, sin)
+
+    def call():
+        with context():
+            return torch.ops.chunkattn.dca_backward(*saved, *sizes, deterministic=deterministic)
 
     return call

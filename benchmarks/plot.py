@@ -34,6 +34,7 @@ COLOURS = {
 MARKERS = {"chunkattn": "o", "fa3": "s", "cudnn": "^", "fa2": "D", "flex": "v", "sdpa": "s"}
 LABELS = {
     "chunkattn": "chunkattn (DCA)",
+    "chunkattn-deterministic": "chunkattn, deterministic (DCA)",
     "chunkattn-portable": "chunkattn, portable kernel (DCA)",
     "fa3": "FlashAttention-3, dense",
     "cudnn": "cuDNN, dense",
@@ -50,7 +51,7 @@ PANELS_PER_LINE = 4
 
 def base_of(impl):
     """The implementation whose colour another one shares: composed-fa3 has fa3's."""
-    return impl.removeprefix("composed-").removesuffix("-portable")
+    return impl.removeprefix("composed-").removesuffix("-portable").removesuffix("-deterministic")
 
 
 def label_of(impl):

@@ -10,6 +10,8 @@
 #include <string_view>
 #include <vector>
 
+#include "cuda/backward/plan.h"
+#include "cuda/backward/tile_sizes.h"
 #include "cuda/forward/plan.h"
 #include "cuda/forward/tile_sizes.h"
 #include "geometry.h"
@@ -104,17 +106,27 @@ cuda::KernelPlan plan_forward(int batch, int seqlen_q, int seqlen_k, int heads, 
   return cuda::plan_forward({batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim}, compute_capability);
 }
 
+cuda::KernelPlan plan_backward(int batch, int seqlen_q, int seqlen_k, int heads, int kv_heads, int head_dim,
+                               int compute_capability) {
+  return cuda::plan_backward({batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim}, compute_capability);
+}
+
 // One plan for each kernel and head_dim that the architectures of this build have.
 std::vector<cuda::KernelPlan> compiled_kernels() {
   std::vector<cuda::KernelPlan> kernels;
+  const auto add = [&](const cuda::KernelPlan& plan) {
+    const bool known = std::any_of(kernels.begin(), kernels.end(), [&](const cuda::KernelPlan& other) {
+      return std::string_view(other.name) == plan.name && other.head_dim_padded == plan.head_dim_padded;
+    });
+    if (!known) kernels.push_back(plan);
+  };
   for (const std::string& architecture : cuda_architectures()) {
     const int compute_capability = std::stoi(architecture);
     for (const int head_dim : cuda::kForwardHeadDims) {
-      const cuda::KernelPlan plan = cuda::plan_forward({1, 1, 1, 1, 1, head_dim}, compute_capability);
-      const bool known = std::any_of(kernels.begin(), kernels.end(), [&](const cuda::KernelPlan& other) {
-        return std::string_view(other.name) == plan.name && other.head_dim_padded == plan.head_dim_padded;
-      });
-      if (!known) kernels.push_back(plan);
+      add(cuda::plan_forward({1, 1, 1, 1, 1, head_dim}, compute_capability));
+    }
+    for (const int head_dim : cuda::kBackwardHeadDims) {
+      add(cuda::plan_backward({1, 1, 1, 1, 1, head_dim}, compute_capability));
     }
   }
   return kernels;
@@ -126,16 +138,22 @@ void bind_plans(py::module_& module) {
       .def_readonly("tile_m", &cuda::KernelPlan::tile_m, "Queries of a tile.")
       .def_readonly("tile_n", &cuda::KernelPlan::tile_n, "Keys of a tile.")
       .def_readonly("warps", &cuda::KernelPlan::warps)
-      .def_readonly("stages", &cuda::KernelPlan::stages, "Buffers of K and of V.")
+      .def_readonly("stages", &cuda::KernelPlan::stages,
+                    "Buffers of what the main loop streams: K and V in the forward, Q in the backward.")
       .def_readonly("head_dim_padded", &cuda::KernelPlan::head_dim_padded)
       .def_readonly("shared_memory", &cuda::KernelPlan::shared_memory, "Bytes per thread block.");
-  module.def(
-      "plan_forward", &plan_forward, py::kw_only(), py::arg("batch"), py::arg("seqlen_q"), py::arg("seqlen_k"),
-      py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("compute_capability"),
-      "The kernel a shape takes on a device; compute_capability as major * 10 + minor. ValueError for a head_dim "
-      "that no kernel takes.");
+  const auto define_plan = [&](const char* name, auto* plan, const char* doc) {
+    module.def(name, plan, py::kw_only(), py::arg("batch"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("heads"),
+               py::arg("kv_heads"), py::arg("head_dim"), py::arg("compute_capability"), doc);
+  };
+  define_plan(
+      "plan_forward", &plan_forward,
+      "The forward kernel a shape takes on a device; compute_capability as major * 10 + minor. ValueError for a "
+      "head_dim that no kernel takes.");
+  define_plan("plan_backward", &plan_backward,
+              "The backward kernel a shape takes; arguments and errors as of plan_forward.");
   module.def("compiled_kernels", &compiled_kernels,
-             "The forward kernels of this build, one plan for each padded head_dim; none in a build without CUDA.");
+             "The kernels of this build, one plan for each padded head_dim; none in a build without CUDA.");
 }
 
 void bind_geometry(py::module_& module) {

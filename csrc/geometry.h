@@ -87,7 +87,23 @@ struct ChunkGeometry {
 
   // True when succ and inter use the same row for the query and are therefore one range of keys.
   CHUNKATTN_HOST_DEVICE bool far_regimes_agree(int position) const {
-    return query_row(Regime::kSucc, position) == query_row(Regime::kInter, position);
+    return far_regimes_agree_in_chunk(position % stride());
+  }
+
+  CHUNKATTN_HOST_DEVICE bool far_regimes_agree_in_chunk(int index) const {
+    return query_row_in_chunk(Regime::kSucc, index) == query_row_in_chunk(Regime::kInter, index);
+  }
+
+  // The regime in which a tile of queries, which begins at `query_begin`, attends a tile of keys; each lies in one
+  // chunk. The same rule as segments(), seen from the keys.
+  CHUNKATTN_HOST_DEVICE Regime tile_regime(int query_begin, int key_position) const {
+    return tile_regime_in_chunk(query_begin / stride() - key_position / stride(), query_begin % stride());
+  }
+
+  // The same from how many chunks they lie apart and the first query's index in its chunk.
+  CHUNKATTN_HOST_DEVICE Regime tile_regime_in_chunk(int chunks_apart, int index) const {
+    if (chunks_apart == 0) return Regime::kIntra;
+    return chunks_apart == 1 && !far_regimes_agree_in_chunk(index) ? Regime::kSucc : Regime::kInter;
   }
 
   // The segments of a tile. The tile must lie in one chunk: see QueryTiling. Within a chunk the succ row rises with the
@@ -115,6 +131,7 @@ struct ChunkGeometry {
 
 // Cuts the query positions [begin, end) into tiles of at most `size` queries, none across a chunk boundary: a tile
 // that did would need two rows of Q for one key. Constant time per tile, so that kernels can ask for any tile.
+// Kernels that walk the queries of a tile of keys cut the keys by the same rule.
 struct QueryTiling {
   ChunkGeometry geometry;
   int begin;
@@ -151,6 +168,39 @@ struct QueryTiling {
     const int from = chunk_from + index * size;
     return {from, chunk_to - from < size ? chunk_to : from + size};
   }
+
+  // The index of the tile that holds a position; of the first tile for positions before `begin`.
+  CHUNKATTN_HOST_DEVICE int index_of(int position) const {
+    if (position <= begin) return 0;
+    const int beyond = position - first_chunk_end();
+    if (beyond < 0) return (position - begin) / size;
+    const int first = ceil_div(first_chunk_end() - begin, size);
+    const int per_chunk = ceil_div(geometry.stride(), size);
+    return first + beyond / geometry.stride() * per_chunk + beyond % geometry.stride() / size;
+  }
 };
+
+// Only queries near the begin of a chunk have a succ row of their own. Tensors with a row for each of these, chunk
+// after chunk, are indexed by this rule: the tiles (QueryTiling) whose regime is succ begin in the first local_size
+// queries of a chunk, so they reach less than a tile further. Chunk 0 has no chunk before it, and no rows.
+struct NearRows {
+  ChunkGeometry geometry;
+  int first_chunk;  // the first that has rows
+  int per_chunk;    // rows of each chunk
+
+  CHUNKATTN_HOST_DEVICE int row(int position) const {
+    return (position / geometry.stride() - first_chunk) * per_chunk + position % geometry.stride();
+  }
+  CHUNKATTN_HOST_DEVICE bool has_row(int position) const {
+    return position >= geometry.stride() && position % geometry.stride() < per_chunk;
+  }
+};
+
+CHUNKATTN_HOST_DEVICE NearRows near_rows(const ChunkGeometry& geometry, int first_position, int tile_size) {
+  const int64_t reach = static_cast<int64_t>(geometry.local_size) + tile_size - 1;
+  const int per_chunk = reach < geometry.stride() ? static_cast<int>(reach) : geometry.stride();
+  const int first_chunk = first_position / geometry.stride();
+  return {geometry, first_chunk > 0 ? first_chunk : 1, per_chunk};
+}
 
 }  // namespace chunkattn

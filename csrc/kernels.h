@@ -25,7 +25,14 @@ namespace cuda {
 const char* rotate_keys(const ForwardParams& params, void* rotated, const Strides& rotated_strides, void* stream);
 const char* dca_forward(const ForwardParams& params, void* stream);
 
-// For tests and benchmarks: makes every later forward call take this kernel ("auto", "portable" or "hopper").
+// The workspace of dca_backward, laid out from `memory` on, and its size: without memory it tells the size alone. The
+// memory starts on a multiple of 256 bytes and holds nothing yet. deterministic: dq is summed in a fixed order.
+BackwardWorkspace backward_workspace(const BackwardParams& params, bool deterministic, void* memory, size_t* bytes);
+
+// Keys may be raw. Until the end dq holds rotated queries and dk rotated keys, so neither may overlap another tensor.
+const char* dca_backward(const BackwardParams& params, const BackwardWorkspace& workspace, void* stream);
+
+// For tests and benchmarks: makes every later call take this kernel ("auto", "portable" or "hopper").
 const char* force_kernel(const char* name);
 
 }  // namespace cuda

@@ -2,6 +2,7 @@
 // Strides are in elements; the last dimension is always contiguous.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "geometry.h"
@@ -66,6 +67,25 @@ struct BackwardParams {
   Strides dq_strides;
   Strides dk_strides;
   Strides dv_strides;
+};
+
+// Queries rotated for one regime, and the gradient with respect to them, in kernels that keep each regime's apart until
+// the end: the sum over regimes needs a rotation per row, which is cheaper once than per key tile.
+struct RegimeQueries {
+  const void* q;  // [batch, rows, heads, head_dim], rotated by ChunkGeometry::query_row
+  Strides q_strides;
+  float* dq;  // [batch, heads, rows, head_dim], contiguous; starts at zero
+  int rows;   // seqlen_q, or for succ those of NearRows; none where all keys lie in one chunk
+};
+
+// What the CUDA backward kernels use beside BackwardParams.
+struct BackwardWorkspace {
+  RegimeQueries regimes[3];  // by Regime; intra and inter rows are indexed by query, succ rows by NearRows
+  NearRows near_rows;
+  float* delta;         // [batch, heads, seqlen_q]: rowsum(dout * out)
+  int* turns;           // [batch * heads, query tiles], zeros: whose turn it is to add to dq; null when order is free
+  size_t zeroed_bytes;  // of all dq, turns and the succ queries, which lie one behind the other
+  bool dk_rotated;      // dk is wanted with respect to rotated keys: they arrived so
 };
 
 }  // namespace chunkattn

@@ -7,7 +7,6 @@ from tolerance import assert_within_rule
 from torch import Tensor
 
 import chunkattn
-from chunkattn._registration import DIFFERENTIABLE_DEVICES
 
 DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -17,10 +16,6 @@ DTYPES = {
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return DTYPES[device.type]
-
-
-def has_backward(device: torch.device) -> bool:
-    return device.type in DIFFERENTIABLE_DEVICES
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +36,7 @@ class Case:
     interleaved: bool = False
     q_rotated: bool = False
     k_rotated: bool = False
+    deterministic: bool = False
 
     def __repr__(self) -> str:
         """Names what differs from the defaults: the name of a parametrised test."""
@@ -82,6 +78,7 @@ class Case:
             "interleaved": self.interleaved,
             "q_rotated": self.q_rotated,
             "k_rotated": self.k_rotated,
+            "deterministic": self.deterministic,
         }
 
 

@@ -20,12 +20,17 @@ def test_info_names_the_kernel_of_a_shape(capsys):
     shape = ["--seq", "100", "--seq-k", "1000", "--heads", "8", "--kv-heads", "2", "--head-dim", "80"]
     assert cli.main(["info", *shape, "--chunk", "384", "--local", "128", "--capability", "8.0"]) == 0
     output = capsys.readouterr().out
-    plan = _core.plan_forward(
-        batch=1, seqlen_q=100, seqlen_k=1000, heads=8, kv_heads=2, head_dim=80, compute_capability=80
-    )
-    line = next(line for line in output.splitlines() if line.strip().startswith("sm_80"))
-    assert f"{plan.name}, head_dim 128: tiles of {plan.tile_m} queries" in line
-    assert ("not compiled into this build" in line) == (_core.build_info()["cuda"] is None)
+    lines = [line for line in output.splitlines() if line.strip().startswith("sm_80")]
+    for line, find_plan, tiles in zip(
+        lines,
+        (_core.plan_forward, _core.plan_backward),
+        ("1 query tiles, 8 tiles", "8 key tiles, 16 tiles"),
+        strict=True,
+    ):
+        plan = find_plan(batch=1, seqlen_q=100, seqlen_k=1000, heads=8, kv_heads=2, head_dim=80, compute_capability=80)
+        assert f"{plan.name}, head_dim 128: tiles of {plan.tile_m} queries" in line
+        assert f"; {tiles} of work" in line
+        assert ("not compiled into this build" in line) == (_core.build_info()["cuda"] is None)
     assert "4 of 256 tokens" in output
 
 

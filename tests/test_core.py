@@ -121,13 +121,15 @@ def test_compiled_kernels():
 
 
 @pytest.mark.parametrize(("head_dim", "padded"), [(1, 64), (64, 64), (80, 128), (128, 128), (129, 256), (256, 256)])
-def test_plan_pads_head_dim(head_dim, padded):
+@pytest.mark.parametrize("find_plan", [_core.plan_forward, _core.plan_backward])
+def test_plan_pads_head_dim(find_plan, head_dim, padded):
     shape = {"batch": 1, "seqlen_q": 100, "seqlen_k": 200, "heads": 8, "kv_heads": 2}
-    plan = _core.plan_forward(**shape, head_dim=head_dim, compute_capability=80)
+    plan = find_plan(**shape, head_dim=head_dim, compute_capability=80)
     assert plan.head_dim_padded == padded
 
 
-def test_plan_refuses_what_no_kernel_takes():
+@pytest.mark.parametrize("find_plan", [_core.plan_forward, _core.plan_backward])
+def test_plan_refuses_what_no_kernel_takes(find_plan):
     shape = {"batch": 1, "seqlen_q": 100, "seqlen_k": 200, "heads": 8, "kv_heads": 2}
     with pytest.raises(ValueError, match=r"head_dim .*257"):
-        _core.plan_forward(**shape, head_dim=257, compute_capability=90)
+        find_plan(**shape, head_dim=257, compute_capability=90)

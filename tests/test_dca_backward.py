@@ -1,19 +1,14 @@
-"""Gradients of dca against those autograd finds for the float64 oracle, on every device that has a backward."""
+"""Gradients of dca against those autograd finds for the float64 oracle, on every device."""
 
 import pytest
 import torch
-from cases import Case, check_backward, dtypes, gradients, has_backward
+from cases import Case, check_backward, dtypes, gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_dca_forward import LONG, ZERO_SIZES, inside_larger, random_cases, transposed, with_row_gaps
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import chunkattn
-
-
-@pytest.fixture(autouse=True)
-def _needs_backward(device):
-    if not has_backward(device):
-        pytest.skip(f"chunkattn has no backward on {device.type}")
 
 
 def random_dout(q: torch.Tensor) -> torch.Tensor:
@@ -99,9 +94,9 @@ def test_expanded_dout(device):
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
 def test_gradients_of_some_inputs(device, wanted):
-    case = Case()
+    case = Case(deterministic=True)
     options = case.options(device)
-    qkv = case.inputs(device, torch.float32)
+    qkv = case.inputs(device, dtypes(device)[1])
     every = gradients(chunkattn.dca, qkv, random_dout(qkv[0]), options)
     for i in wanted:
         qkv[i].requires_grad_()
@@ -133,16 +128,67 @@ def test_gradcheck(device, case):
     assert torch.autograd.gradcheck(lambda *x: chunkattn.dca(*x, **options), qkv)
 
 
-def test_gradients_repeat_bitwise(device):
-    case = LONG.but(seqlen_q=300, batch=2, heads=4, kv_heads=2)
-    options = case.options(device)
-    for dtype in dtypes(device):
+@pytest.mark.parametrize(
+    "case",
+    [
+        LONG.but(seqlen_q=300, batch=2, heads=4, kv_heads=2),
+        LONG.but(seqlen_q=1500, heads=8, head_dim=128, chunk_size=400),
+        LONG.but(seqlen_q=700, seqlen_k=900, head_dim=256, q_rotated=True, k_rotated=True),
+        LONG.but(seqlen_q=500, head_dim=50),
+    ],
+    ids=str,
+)
+def test_deterministic_gradients_repeat_bitwise(device, case):
+    options = case.but(deterministic=True).options(device)
+    for dtype in dtypes(device)[-2:]:
         qkv = case.inputs(device, dtype)
         dout = random_dout(qkv[0])
-        first = gradients(chunkattn.dca, qkv, dout, options)
-        for _ in range(3):
+        first = check_backward(qkv, dout, options)
+        for _ in range(5):
             again = gradients(chunkattn.dca, qkv, dout, options)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("default", [False, True])
+def test_deterministic_follows_torch_unless_said(device, asked, default):
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if function in (torch.ops.chunkattn.dca.default, torch.ops.chunkattn.dca_backward.default):
+                names = [argument.name for argument in function._schema.arguments]
+                called.append((function.name(), dict(zip(names, arguments, strict=False)).get("deterministic", False)))
+            return function(*arguments, **(keywords or {}))
+
+    called = []
+    case = Case(seqlen_q=20)
+    qkv = case.inputs(device, dtypes(device)[-1])
+    options = case.options(device) | {"deterministic": asked}
+    torch.use_deterministic_algorithms(default)
+    try:
+        with Spy():
+            gradients(chunkattn.dca, qkv, random_dout(qkv[0]), options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = default if asked is None else asked
+    assert called == [("chunkattn::dca", expected), ("chunkattn::dca_backward", expected)]
+
+
+def test_cuda_workspace(cuda):
+    # What the kernels use beyond the gradients: less than three float32 tensors of the size of q.
+    case = Case(seqlen_q=8192, batch=1, heads=4, kv_heads=4, head_dim=128, chunk_size=3072, local_size=512)
+    q, k, v = case.inputs(cuda, torch.bfloat16)
+    options = case.options(cuda)
+    for deterministic in (False, True):
+        arguments = (*options.values(),)[:-1]
+        out, lse = torch.ops.chunkattn.dca(q, k, v, *arguments)
+        dout = random_dout(q)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        grads = torch.ops.chunkattn.dca_backward(dout, q, k, v, out, lse, *arguments, deterministic)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in grads)
+        assert peak < 3 * 4 * q.numel()
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
@@ -158,7 +204,7 @@ def test_cpu_threads(device, threads):
 
 @pytest.mark.parametrize("argument", [0, 1, 2, 3])
 def test_nan_stays_in_its_batch_row(device, argument):
-    case = Case(batch=3, seqlen_q=70)
+    case = Case(batch=3, seqlen_q=70, deterministic=True)
     options = case.options(device)
     for dtype in dtypes(device):
         qkv = case.inputs(device, dtype)
@@ -184,7 +230,7 @@ def test_zero_sizes(device, sizes):
 
 def test_lse_is_not_differentiable(device):
     case = Case()
-    qkv = tuple(x.requires_grad_() for x in case.inputs(device, torch.float32))
+    qkv = tuple(x.requires_grad_() for x in case.inputs(device, dtypes(device)[1]))
     out, lse = chunkattn.dca(*qkv, **case.options(device), return_lse=True)
     assert out.requires_grad
     assert not lse.requires_grad
@@ -192,7 +238,7 @@ def test_lse_is_not_differentiable(device):
 
 def test_second_derivative_is_refused(device):
     case = Case()
-    qkv = tuple(x.requires_grad_() for x in case.inputs(device, torch.float32))
+    qkv = tuple(x.requires_grad_() for x in case.inputs(device, dtypes(device)[1]))
     out = chunkattn.dca(*qkv, **case.options(device))
     (dq,) = torch.autograd.grad(out.square().sum(), qkv[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
@@ -210,3 +256,22 @@ def test_random_cases(device, case, dtype_index, seed):
     dtype = dtypes(device)[dtype_index % len(dtypes(device))]
     qkv = case.inputs(device, dtype, seed)
     check_backward(qkv, random_dout(qkv[0]), case.options(device))
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    case=random_cases(head_dims=(16, 64, 80, 128, 192, 256), rotary_step=16),
+    deterministic=st.booleans(),
+    dtype_index=st.integers(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_random_aligned_cases_on_cuda(device, case, deterministic, dtype_index, seed):
+    if device.type != "cuda":
+        pytest.skip("other alignments have kernels of their own on CUDA only")
+    qkv = case.inputs(device, dtypes(device)[dtype_index], seed)
+    check_backward(qkv, random_dout(qkv[0]), case.but(deterministic=deterministic).options(device))

@@ -301,11 +301,13 @@ def test_zero_sizes(device, sizes):
 
 
 @st.composite
-def random_cases(draw) -> Case:
-    chunk_size = draw(st.integers(2, 150))
-    seqlen_k = draw(st.integers(1, 300))
+def random_cases(
+    draw, head_dims: tuple[int, ...] = tuple(range(2, 141)), rotary_step: int = 2, longest: int = 300
+) -> Case:
+    chunk_size = draw(st.integers(2, longest // 2))
+    seqlen_k = draw(st.integers(1, longest))
     kv_heads = draw(st.integers(1, 3))
-    head_dim = draw(st.integers(2, 140))
+    head_dim = draw(st.sampled_from(head_dims))
     batch = draw(st.integers(1, 3))
     temperatures = st.floats(0.25, 4, width=32)
     return Case(
@@ -315,7 +317,7 @@ def random_cases(draw) -> Case:
         heads=kv_heads * draw(st.integers(1, 4)),
         kv_heads=kv_heads,
         head_dim=head_dim,
-        rotary_dim=2 * draw(st.integers(1, head_dim // 2)),
+        rotary_dim=rotary_step * draw(st.integers(1, head_dim // rotary_step)),
         chunk_size=chunk_size,
         local_size=draw(st.integers(1, chunk_size - 1)),
         scale=draw(st.none() | st.floats(0.01, 1.0)),
@@ -336,6 +338,23 @@ def random_cases(draw) -> Case:
 def test_random_cases(device, case, dtype_index, seed):
     dtype = dtypes(device)[dtype_index % len(dtypes(device))]
     check_forward(case.inputs(device, dtype, seed), case.options(device))
+
+
+@settings(
+    max_examples=500,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    case=random_cases(head_dims=(16, 64, 80, 128, 192, 256), rotary_step=16, longest=900),
+    dtype_index=st.integers(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_random_aligned_cases_on_cuda(device, case, dtype_index, seed):
+    if device.type != "cuda":
+        pytest.skip("other alignments have kernels of their own on CUDA only")
+    check_forward(case.inputs(device, dtypes(device)[dtype_index], seed), case.options(device))
 
 
 def test_views_whose_offsets_pass_2_31_elements(device):

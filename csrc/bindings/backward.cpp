@@ -1,4 +1,7 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
+
+#include <array>
 
 #include "../kernels.h"
 #include "checks.h"
@@ -7,34 +10,83 @@
 
 namespace chunkattn::bindings {
 
+namespace {
+
+struct Gradients {
+  Tensor dq;
+  Tensor dk;
+  Tensor dv;
+  bool empty;  // there is no query, so nothing flows back to the keys
+
+  std::tuple<Tensor, Tensor, Tensor> as_tuple() const { return {dq, dk, dv}; }
+};
+
+Gradients new_gradients(const DcaArguments& arguments) {
+  Gradients gradients{new_contiguous(arguments.q), new_contiguous(arguments.k), new_contiguous(arguments.v),
+                      arguments.q.numel() == 0};
+  if (gradients.empty) {
+    torch::stable::zero_(gradients.dk);
+    torch::stable::zero_(gradients.dv);
+  }
+  return gradients;
+}
+
+BackwardParams backward_params(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
+                               const Tensor& softmax_lse, const Gradients& gradients) {
+  BackwardParams params{};
+  params.forward = forward_params(arguments, out, softmax_lse);
+  params.dout = dout.const_data_ptr();
+  params.dq = gradients.dq.mutable_data_ptr();
+  params.dk = gradients.dk.mutable_data_ptr();
+  params.dv = gradients.dv.mutable_data_ptr();
+  params.dout_strides = strides_of(dout);
+  params.dq_strides = strides_of(gradients.dq);
+  params.dk_strides = strides_of(gradients.dk);
+  params.dv_strides = strides_of(gradients.dv);
+  return params;
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> dca_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
                                                     Tensor softmax_lse, Tensor cos, Tensor sin, int64_t chunk_size,
                                                     int64_t local_size, std::optional<double> scale,
                                                     std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
-                                                    bool k_rotated) {
+                                                    bool k_rotated, bool /*deterministic*/) {
   const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
                                local_size, scale, temperature, interleaved, q_rotated, k_rotated};
   check_dca_backward(arguments, dout, out, softmax_lse);
-  Tensor dq = new_contiguous(q);
-  Tensor dk = new_contiguous(k);
-  Tensor dv = new_contiguous(v);
-  if (dq.numel() == 0) {  // no query: nothing flows back to the keys
-    torch::stable::zero_(dk);
-    torch::stable::zero_(dv);
-    return {dq, dk, dv};
+  const Gradients gradients = new_gradients(arguments);
+  if (!gradients.empty) {
+    cpu::dca_backward(backward_params(arguments, dout, out, softmax_lse, gradients), parallel_for);
   }
-  BackwardParams params{};
-  params.forward = forward_params(arguments, out, softmax_lse);
-  params.dout = dout.const_data_ptr();
-  params.dq = dq.mutable_data_ptr();
-  params.dk = dk.mutable_data_ptr();
-  params.dv = dv.mutable_data_ptr();
-  params.dout_strides = strides_of(dout);
-  params.dq_strides = strides_of(dq);
-  params.dk_strides = strides_of(dk);
-  params.dv_strides = strides_of(dv);
-  cpu::dca_backward(params, parallel_for);
-  return {dq, dk, dv};
+  return gradients.as_tuple();
 }
+
+#ifdef CHUNKATTN_WITH_CUDA
+std::tuple<Tensor, Tensor, Tensor> dca_backward_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                     Tensor softmax_lse, Tensor cos, Tensor sin, int64_t chunk_size,
+                                                     int64_t local_size, std::optional<double> scale,
+                                                     std::optional<Tensor> temperature, bool interleaved,
+                                                     bool q_rotated, bool k_rotated, bool deterministic) {
+  const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
+                               local_size, scale, temperature, interleaved, q_rotated, k_rotated};
+  check_dca_backward(arguments, dout, out, softmax_lse);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const Gradients gradients = new_gradients(arguments);
+  if (gradients.empty) return gradients.as_tuple();
+
+  const BackwardParams params = backward_params(arguments, dout, out, softmax_lse, gradients);
+  size_t bytes = 0;
+  cuda::backward_workspace(params, deterministic, nullptr, &bytes);
+  const std::array<int64_t, 1> shape{static_cast<int64_t>(bytes)};
+  // Lives until the kernels are enqueued; the allocator hands its memory on in stream order.
+  const Tensor memory = torch::stable::new_empty(q, {shape.data(), shape.size()}, torch::headeronly::ScalarType::Byte);
+  const BackwardWorkspace workspace =
+      cuda::backward_workspace(params, deterministic, memory.mutable_data_ptr(), &bytes);
+  throw_if_failed(cuda::dca_backward(params, workspace, current_cuda_stream(q.get_device_index())));
+  return gradients.as_tuple();
+}
+#endif
 
 }  // namespace chunkattn::bindings

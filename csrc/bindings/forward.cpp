@@ -22,7 +22,7 @@ Tensor new_softmax_lse(const Tensor& q) {
 
 std::tuple<Tensor, Tensor> dca_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
                                    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
-                                   bool interleaved, bool q_rotated, bool k_rotated) {
+                                   bool interleaved, bool q_rotated, bool k_rotated, bool /*deterministic*/) {
   const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
                                local_size, scale, temperature, interleaved, q_rotated, k_rotated};
   check_dca(arguments);
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> dca_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Ten
 #ifdef CHUNKATTN_WITH_CUDA
 std::tuple<Tensor, Tensor> dca_cuda(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
                                     int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
-                                    bool interleaved, bool q_rotated, bool k_rotated) {
+                                    bool interleaved, bool q_rotated, bool k_rotated, bool /*deterministic*/) {
   const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
                                local_size, scale, temperature, interleaved, q_rotated, k_rotated};
   check_dca(arguments);

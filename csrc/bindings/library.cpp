@@ -7,12 +7,12 @@ namespace bindings = chunkattn::bindings;
 STABLE_TORCH_LIBRARY(chunkattn, library) {
   library.def(
       "dca(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int chunk_size, int local_size, float? scale=None, "
-      "Tensor? temperature=None, bool interleaved=False, bool q_rotated=False, bool k_rotated=False) "
-      "-> (Tensor out, Tensor softmax_lse)");
+      "Tensor? temperature=None, bool interleaved=False, bool q_rotated=False, bool k_rotated=False, "
+      "bool deterministic=False) -> (Tensor out, Tensor softmax_lse)");
   library.def(
       "dca_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin, "
       "int chunk_size, int local_size, float? scale=None, Tensor? temperature=None, bool interleaved=False, "
-      "bool q_rotated=False, bool k_rotated=False) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "bool q_rotated=False, bool k_rotated=False, bool deterministic=False) -> (Tensor dq, Tensor dk, Tensor dv)");
 #ifdef CHUNKATTN_WITH_CUDA
   library.def("force_kernel(str name) -> ()");
 #endif
@@ -24,7 +24,10 @@ STABLE_TORCH_LIBRARY_IMPL(chunkattn, CPU, library) {
 }
 
 #ifdef CHUNKATTN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(chunkattn, CUDA, library) { library.impl("dca", TORCH_BOX(&bindings::dca_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(chunkattn, CUDA, library) {
+  library.impl("dca", TORCH_BOX(&bindings::dca_cuda));
+  library.impl("dca_backward", TORCH_BOX(&bindings::dca_backward_cuda));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(chunkattn, CompositeExplicitAutograd, library) {
   library.impl("force_kernel", TORCH_BOX(&bindings::force_kernel));

@@ -9,22 +9,28 @@
 
 namespace chunkattn::bindings {
 
-// Return out [batch, seqlen_q, heads, head_dim] and softmax_lse [batch, heads, seqlen_q].
+// Return out [batch, seqlen_q, heads, head_dim] and softmax_lse [batch, heads, seqlen_q]. deterministic is for
+// autograd, which hands it on to the backward.
 std::tuple<Tensor, Tensor> dca_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
                                    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
-                                   bool interleaved, bool q_rotated, bool k_rotated);
+                                   bool interleaved, bool q_rotated, bool k_rotated, bool deterministic);
 std::tuple<Tensor, Tensor> dca_cuda(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
                                     int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
-                                    bool interleaved, bool q_rotated, bool k_rotated);
+                                    bool interleaved, bool q_rotated, bool k_rotated, bool deterministic);
 
-// Makes every later CUDA forward take one kernel, for tests and benchmarks.
+// Makes every later CUDA call take one kernel, for tests and benchmarks.
 void force_kernel(std::string name);
 
-// Returns dq, dk and dv, shaped as q, k and v.
+// Return dq, dk and dv, shaped as q, k and v. With deterministic they repeat bit by bit; on the CPU they always do.
 std::tuple<Tensor, Tensor, Tensor> dca_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
                                                     Tensor softmax_lse, Tensor cos, Tensor sin, int64_t chunk_size,
                                                     int64_t local_size, std::optional<double> scale,
                                                     std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
-                                                    bool k_rotated);
+                                                    bool k_rotated, bool deterministic);
+std::tuple<Tensor, Tensor, Tensor> dca_backward_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                     Tensor softmax_lse, Tensor cos, Tensor sin, int64_t chunk_size,
+                                                     int64_t local_size, std::optional<double> scale,
+                                                     std::optional<Tensor> temperature, bool interleaved,
+                                                     bool q_rotated, bool k_rotated, bool deterministic);
 
 }  // namespace chunkattn::bindings

@@ -8,25 +8,17 @@ from torch.library import Library, register_autograd, register_fake
 
 from chunkattn import _ops  # noqa: F401  defines the operators
 
-# Device types with a dca_backward kernel.
-DIFFERENTIABLE_DEVICES = ("cpu",)
-
 _ARGUMENTS = ("q", "k", "v", "cos", "sin", "chunk_size", "local_size", "scale", "temperature")
 
 _library = Library("chunkattn", "FRAGMENT")
 
 
-def check_gradients(device: torch.device, wanted: Iterable[str]) -> None:
-    """Raises NotImplementedError when autograd wants the gradient of an argument for which there is no kernel."""
+def check_gradients(wanted: Iterable[str]) -> None:
+    """Raises NotImplementedError when autograd wants the gradient of an argument that has none."""
     for name in wanted:
         if name not in ("q", "k", "v"):
             raise NotImplementedError(
                 f"chunkattn: {name} requires grad, but gradients exist for q, k and v only; detach it"
-            )
-        if device.type not in DIFFERENTIABLE_DEVICES:
-            raise NotImplementedError(
-                f"chunkattn: {name} requires grad on {device}, but gradients exist on "
-                f"{', '.join(DIFFERENTIABLE_DEVICES)} only; detach it or use torch.no_grad()"
             )
 
 
@@ -40,7 +32,7 @@ def _check_devices(q: Tensor, **others: Tensor | None) -> None:
 @register_fake("chunkattn::dca")
 def _dca_fake(
     q, k, v, cos, sin, chunk_size, local_size, scale=None, temperature=None,
-    interleaved=False, q_rotated=False, k_rotated=False,
+    interleaved=False, q_rotated=False, k_rotated=False, deterministic=False,
 ):  # fmt: skip
     _check_devices(q, k=k, v=v, cos=cos, sin=sin, temperature=temperature)
     batch, seqlen_q, heads, _ = q.shape
@@ -50,7 +42,7 @@ def _dca_fake(
 @register_fake("chunkattn::dca_backward")
 def _dca_backward_fake(
     dout, q, k, v, out, softmax_lse, cos, sin, chunk_size, local_size, scale=None, temperature=None,
-    interleaved=False, q_rotated=False, k_rotated=False,
+    interleaved=False, q_rotated=False, k_rotated=False, deterministic=False,
 ):  # fmt: skip
     _check_devices(q, dout=dout, k=k, v=v, out=out, softmax_lse=softmax_lse, cos=cos, sin=sin, temperature=temperature)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -60,7 +52,7 @@ def _dca_setup_context(ctx, inputs, output) -> None:
     q, k, v, cos, sin, chunk_size, local_size, scale, temperature, *flags = inputs
     # chunkattn.dca has asked before the launch; this is for direct calls of the operator.
     wanted = (name for name, needed in zip(_ARGUMENTS, ctx.needs_input_grad, strict=False) if needed)
-    check_gradients(q.device, wanted)
+    check_gradients(wanted)
     out, softmax_lse = output
     ctx.mark_non_differentiable(softmax_lse)
     ctx.set_materialize_grads(False)

@@ -6,7 +6,7 @@ import argparse
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -135,14 +135,17 @@ def shape_rows(args: argparse.Namespace) -> Iterator[Row]:
     yield "chunks", f"{-(-args.seq_k // geometry.stride)} of {geometry.stride} tokens, chunk_size - local_size"
     yield "cpu", "forward, backward"
     for capability in capabilities(args):
-        yield f"sm_{capability}", cuda_plan(args, geometry, capability)
+        if args.dtype not in CUDA_DTYPES:
+            yield f"sm_{capability}", f"no kernel: CUDA takes {' and '.join(CUDA_DTYPES)}, got {args.dtype}"
+            continue
+        yield f"sm_{capability}", cuda_plan(args, geometry, capability, _core.plan_forward)
+        yield f"sm_{capability}", cuda_plan(args, geometry, capability, _core.plan_backward)
 
 
-def cuda_plan(args: argparse.Namespace, geometry: _core.ChunkGeometry, capability: int) -> str:
-    if args.dtype not in CUDA_DTYPES:
-        return f"no kernel: CUDA takes {' and '.join(CUDA_DTYPES)}, got {args.dtype}"
+def cuda_plan(args: argparse.Namespace, geometry: _core.ChunkGeometry, capability: int, find_plan: Callable) -> str:
+    """The kernel that find_plan, a function of _core, names for the shape, and how many query tiles it makes."""
     try:
-        plan = _core.plan_forward(
+        plan = find_plan(
             batch=args.batch,
             seqlen_q=args.seq,
             seqlen_k=args.seq_k,
@@ -153,10 +156,13 @@ def cuda_plan(args: argparse.Namespace, geometry: _core.ChunkGeometry, capabilit
         )
     except ValueError as error:
         return f"no kernel: {error}"
-    tiles = len(_core.QueryTiling(geometry, args.seq_k - args.seq, args.seq_k, plan.tile_m))
-    blocks = tiles * args.heads * args.batch
+    queries = len(_core.QueryTiling(geometry, args.seq_k - args.seq, args.seq_k, plan.tile_m))
+    keys = len(_core.QueryTiling(geometry, 0, args.seq_k, plan.tile_n))
+    # A block of the forward owns a tile of queries, one of the backward a tile of keys.
+    forward = find_plan is _core.plan_forward
+    work = args.batch * (queries * args.heads if forward else keys * args.kv_heads)
     absent = "" if _core.build_info()["cuda"] else "; not compiled into this build"
-    return f"{plan_text(plan)}; {tiles} query tiles, {blocks} tiles of work{absent}"
+    return f"{plan_text(plan)}; {f'{queries} query' if forward else f'{keys} key'} tiles, {work} tiles of work{absent}"
 
 
 def print_rows(title: str, rows: Iterator[Row]) -> None:

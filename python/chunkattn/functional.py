@@ -25,6 +25,7 @@ def dca(
     interleaved: bool = False,
     q_rotated: bool = False,
     k_rotated: bool = False,
+    deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dual Chunk Attention (arXiv 2402.17463): causal attention whose rotary positions never exceed chunk_size.
@@ -50,6 +51,9 @@ def dca(
         interleaved: rotate pairs (2d, 2d + 1), as GPT-J, instead of (d, d + rotary_dim / 2), as NeoX.
         q_rotated: q arrives rotated at row ``i % c``.
         k_rotated: k arrives rotated at row ``j % c``.
+        deterministic: make gradients repeat bit by bit, at some cost on CUDA, where dQ is otherwise summed in whatever
+            order blocks finish; the output and the gradients on the CPU always do. None:
+            ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return the log-sum-exp of the logits.
 
     Returns:
@@ -78,8 +82,10 @@ def dca(
             "with nvcc"
         )
     if torch.is_grad_enabled():
-        check_gradients(q.device, (name for name, tensor in tensors.items() if tensor.requires_grad))
+        check_gradients(name for name, tensor in tensors.items() if tensor.requires_grad)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     out, lse = torch.ops.chunkattn.dca(
-        q, k, v, cos, sin, chunk_size, local_size, scale, temperature, interleaved, q_rotated, k_rotated
+        q, k, v, cos, sin, chunk_size, local_size, scale, temperature, interleaved, q_rotated, k_rotated, deterministic
     )
     return (out, lse) if return_lse else out

@@ -51,9 +51,12 @@ def dca(
     interleaved: bool = False,
     q_rotated: bool = False,
     k_rotated: bool = False,
+    deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dual Chunk Attention with the arguments of :func:`chunkattn.dca`, computed in the dtype of q.
+
+    Whether gradients repeat bit by bit is up to torch: ``deterministic`` has no effect.
 
     Returns:
         out [B, Sq, Hq, D] in the dtype of q and, with return_lse, the log-sum-exp of the logits [B, Hq, Sq] in float32

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
 common = importlib.import_module("common")
 peers = importlib.import_module("peers")
+benchmark_backward = importlib.import_module("benchmark_backward")
 benchmark_forward = importlib.import_module("benchmark_forward")
 gpu_session = importlib.import_module("gpu_session")
 sanitize_sweep = importlib.import_module("sanitize_sweep")
@@ -32,23 +33,18 @@ def quick_ceilings(monkeypatch):
     monkeypatch.setattr(common, "measure_ceilings", lambda device, clock: ceilings)
 
 
-def run_forward(path, *arguments):
-    status = benchmark_forward.main(
-        [
-            "--device",
-            "cpu",
-            "--shape",
-            "s150-h4/2-d16",
-            "--seconds",
-            "0",
-            "--rounds",
-            "2",
-            "--json",
-            str(path),
-            *arguments,
-        ]
-    )
+def run_benchmark(benchmark, path, *arguments):
+    quick = ["--device", "cpu", "--shape", "s150-h4/2-d16", "--seconds", "0", "--rounds", "2"]
+    status = benchmark.main([*quick, "--json", str(path), *arguments])
     return status, json.loads(path.read_text())
+
+
+def run_forward(path, *arguments):
+    return run_benchmark(benchmark_forward, path, *arguments)
+
+
+def run_backward(path, *arguments):
+    return run_benchmark(benchmark_backward, path, *arguments)
 
 
 class TestShape:
@@ -90,6 +86,29 @@ def test_composed_dca_is_dca(seq, chunk_size, local_size):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("seq", [1, 48, 49, 97, 150])
+@pytest.mark.parametrize(("chunk_size", "local_size"), [(64, 16), (64, 1), (112, 64)])
+def test_composed_gradients_are_those_of_dca(seq, chunk_size, local_size):
+    setting = common.DcaSetting(chunk_size, local_size)
+    generator = torch.Generator().manual_seed(seq)
+    q, k, v, dout = (torch.randn(2, seq, heads, 16, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4))
+    cos, sin = rope_table(chunk_size, 16)
+    composed = peers.ComposedDca(peers.cpu_engine(), cos, sin, setting, seq)
+    grads = peers.ComposedGradients(composed, q, k, v, dout)()
+    qkv = [x.requires_grad_() for x in (q, k, v)]
+    out = reference.dca(*qkv, cos, sin, chunk_size=chunk_size, local_size=local_size)
+    for grad, expected in zip(grads, torch.autograd.grad(out, qkv, dout), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-5)
+
+
+def test_fa2_backward_fits_the_schema_of_torch():
+    engine = peers.fa2_engine()
+    q = torch.empty(1, 300, 8, 64, device="meta", dtype=torch.bfloat16)
+    k = torch.empty(1, 512, 8, 64, device="meta", dtype=torch.bfloat16)
+    grads = engine.backward(q, q, k, k, *engine.with_lse(q, k, k, False), False)
+    assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
+
+
 @pytest.mark.parametrize("make", [peers.cudnn_engine, peers.fa2_engine])
 @pytest.mark.parametrize("causal", [False, True])
 def test_cuda_engines_fit_the_schemas_of_torch(monkeypatch, make, causal):
@@ -113,12 +132,18 @@ def test_fa3_engine(monkeypatch, tmp_path):
         peers.load_fa3(None)
     with pytest.raises(peers.Absent, match=r"does not hold libcudart\.so\.12"):
         peers.load_fa3(tmp_path)
-    monkeypatch.setattr(peers, "load_fa3", lambda folder: types.SimpleNamespace(fwd=fwd))
+
+    def bwd(dout, q, k, v, out, lse, *, is_causal):
+        calls.append(is_causal)
+        return q, k, v, None, None
+
+    monkeypatch.setattr(peers, "load_fa3", lambda folder: types.SimpleNamespace(fwd=fwd, bwd=bwd))
     engine = peers.fa3_engine(tmp_path)
     q = torch.zeros(1, 8, 2, 4)
     assert engine.causal(q, q, q).shape == q.shape
     assert engine.with_lse(q, q, q, False)[1].shape == (1, 2, 8)
-    assert calls == [True, False]
+    assert len(engine.backward(q, q, q, q, q, q[..., 0].transpose(1, 2), True)) == 3
+    assert calls == [True, False, True]
 
 
 def test_portable_kernel_is_given_back(monkeypatch):
@@ -249,6 +274,51 @@ class TestForward:
         assert (status, results["rows"]) == (0, [])
 
 
+@pytest.mark.usefixtures("quick_ceilings")
+class TestBackward:
+    def test_results(self, tmp_path):
+        status, results = run_backward(tmp_path / "backward.json", "--dca", "64:16", "one")
+        assert status == 0
+        rows = [(row["impl"], row["pass"], row["chunk_size"], row["local_size"]) for row in results["rows"]]
+        assert rows == [
+            ("sdpa", "backward", None, None),
+            ("composed-sdpa", "backward", 64, 16),
+            ("chunkattn", "backward", 64, 16),
+            ("chunkattn", "backward", 662, 512),
+        ]
+        for row in results["rows"]:
+            assert row.keys() >= ROW_FIELDS
+            assert 0 < row["max_error"] < 0.2
+        assert {"fa3", "cudnn", "fa2", "flex", "composed-fa3", "chunkattn-portable"} <= results["absent"].keys()
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda dq, dk, dv: dq[:, 70].mul_(1.5), "dq is wrong"),
+            (lambda dq, dk, dv: dk[:, :40].add_(0.5), "dk is wrong"),
+            (lambda dq, dk, dv: dv[:, 149].mul_(2), "dv is wrong"),
+            (lambda dq, dk, dv: dk[:, 3].fill_(torch.nan), "dk has elements that are not finite"),
+        ],
+    )
+    def test_wrong_gradients_are_not_timed(self, monkeypatch, tmp_path, spoil, message):
+        correct = peers.chunkattn_gradients
+
+        def make_gradients(*arguments, **options):
+            def call():
+                grads = correct(*arguments, **options)()
+                spoil(*grads)
+                return grads
+
+            return call
+
+        monkeypatch.setattr(peers, "chunkattn_gradients", make_gradients)
+        status, results = run_backward(tmp_path / "backward.json", "--dca", "64:16", "--dtype", "float32")
+        assert status == 1
+        assert [row["impl"] for row in results["rows"]] == ["sdpa", "composed-sdpa"]
+        assert [failure["impl"] for failure in results["failed"]] == ["chunkattn"]
+        assert message in results["failed"][0]["error"]
+
+
 class TestPlot:
     @pytest.fixture
     def results(self, tmp_path):
@@ -279,6 +349,20 @@ class TestPlot:
         assert "100.0%" in text
         image = tmp_path / "docs" / "images" / "h100-forward.png"
         assert image.read_bytes().startswith(b"\x89PNG")
+
+    def test_backward(self, tmp_path):
+        plot = importlib.import_module("plot")
+        shape, setting = common.Shape.parse("s8k-h32-d128"), common.DcaSetting(3072, 512)
+        rows = [
+            common.make_row(impl, "backward", shape, common.Timing((1.0,)), setting=setting)
+            for impl in ("chunkattn", "chunkattn-deterministic", "chunkattn-portable", "composed-fa3")
+        ]
+        path = tmp_path / "h100" / "backward.json"
+        common.write_results(path, common.make_header("backward", "cpu"), rows)
+        page = tmp_path / "performance.md"
+        assert plot.main([str(path), "--page", str(page)]) == 0
+        assert "| chunkattn | chunkattn-deterministic | chunkattn-portable | composed-fa3 |" in page.read_text()
+        assert (tmp_path / "images" / "h100-backward.png").is_file()
 
     def test_missing_end_marker(self):
         plot = importlib.import_module("plot")
@@ -325,6 +409,17 @@ class TestGpuSession:
         assert status == 1
         assert stages["sanitizer"]["detail"] == "compute-sanitizer was not found"
 
+    @pytest.mark.parametrize("stage", ["forward", "backward"])
+    def test_benchmark_stage(self, monkeypatch, tmp_path, stage):
+        run = []
+        monkeypatch.setattr(gpu_session, "run_limited", lambda command, *_: run.append(list(map(str, command))) or 0)
+        status, stages, output = self.run(tmp_path, "--stages", stage, f"--{stage}-args=--flex", "--fa3", "fa3")
+        assert (status, stages[stage]["status"]) == (0, "passed")
+        ((_, script, *arguments),) = run
+        assert script == f"benchmarks/benchmark_{stage}.py"
+        assert arguments[:2] == ["--json", str(output / f"{stage}.json")]
+        assert {"--flex", "--fa3"} <= set(arguments)
+
     def test_limits(self, tmp_path):
         sleep = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
         log = tmp_path / "log"
@@ -343,6 +438,6 @@ class TestGpuSession:
 def test_sanitizer_sweep(monkeypatch, capsys):
     monkeypatch.setattr(sanitize_sweep, "PROBLEMS", [p for p in sanitize_sweep.PROBLEMS if p.seq_k < 150])
     assert sanitize_sweep.main(["--device", "cpu"]) == 0
-    monkeypatch.setattr(sanitize_sweep, "run", lambda *_: (torch.tensor(torch.nan), torch.tensor(0.0)))
+    monkeypatch.setattr(sanitize_sweep, "run", lambda *_: (torch.tensor(torch.nan),) + (torch.tensor(0.0),) * 4)
     assert sanitize_sweep.main(["--device", "cpu"]) == 1
     assert "WRONG" in capsys.readouterr().out

@@ -10,6 +10,8 @@ namespace {
 
 using chunkattn::ChunkGeometry;
 using chunkattn::Mask;
+using chunkattn::near_rows;
+using chunkattn::NearRows;
 using chunkattn::QueryTile;
 using chunkattn::QueryTiling;
 using chunkattn::Regime;
@@ -71,6 +73,17 @@ void test_coverage(const ChunkGeometry& g, QueryTile tile, const SegmentList& li
   }
 }
 
+// Keys in tiles of their own see the tile of queries as its segments do.
+void test_tile_regimes(const ChunkGeometry& g, QueryTile tile, const SegmentList& list) {
+  for (int n = 0; n < list.count; ++n) {
+    const Segment& segment = list.items[n];
+    for (int j = segment.key_begin; j < segment.key_end; ++j) {
+      CHECK(g.tile_regime(tile.begin, j) == segment.regime, "s ", g.chunk_size, " w ", g.local_size, " tile ",
+            tile.begin, " key ", j);
+    }
+  }
+}
+
 // No segment more than the rows of the tile's queries call for.
 int expected_segment_count(const ChunkGeometry& g, QueryTile tile) {
   const int64_t s = g.chunk_size, c = g.stride();
@@ -92,6 +105,26 @@ void test_segments(const ChunkGeometry& g, QueryTile tile) {
     if (n > 0) CHECK(segment.key_end == list.items[n - 1].key_begin, "s ", s, " w ", w, " tile ", tile.begin);
   }
   test_coverage(g, tile, list);
+  test_tile_regimes(g, tile, list);
+}
+
+// The queries of tiles in the succ regime have rows, in their order; queries of other chunks have other rows.
+void test_near_rows(const ChunkGeometry& g, const QueryTiling& tiling) {
+  const int c = g.stride();
+  const NearRows rows = near_rows(g, tiling.begin, tiling.size);
+  CHECK(rows.per_chunk <= c && rows.per_chunk <= int64_t{g.local_size} + tiling.size - 1, "per chunk ", rows.per_chunk);
+  for (int n = 0; n < tiling.count(); ++n) {
+    const QueryTile tile = tiling.tile(n);
+    if (tile.begin < c || g.tile_regime(tile.begin, tile.begin - c) != Regime::kSucc) continue;
+    for (int i = tile.begin; i < tile.end; ++i) {
+      const int64_t row = rows.row(i);
+      CHECK(rows.has_row(i), "s ", g.chunk_size, " w ", g.local_size, " query ", i);
+      CHECK(row - rows.row(tile.begin) == i - tile.begin, "s ", g.chunk_size, " w ", g.local_size, " query ", i);
+      CHECK(row / rows.per_chunk == i / c - std::max(1, tiling.begin / c), "s ", g.chunk_size, " w ", g.local_size,
+            " query ", i, " row ", row);
+    }
+  }
+  for (int i = 0; i < std::min(c, tiling.end); ++i) CHECK(!rows.has_row(i), "query ", i, " of chunk 0");
 }
 
 // The tiles follow one another from begin to end, stay in their chunks, and none is shorter than it has to be.
@@ -105,6 +138,9 @@ void test_tiling(const ChunkGeometry& g, int begin, int end, int size, bool with
     CHECK(tile.begin == position, "c ", c, " ", begin, "..", end, " size ", size, " tile ", n, " begins ", tile.begin);
     CHECK(tile.end == expected_end, "c ", c, " ", begin, "..", end, " size ", size, " tile ", n, " ends ", tile.end);
     if (tile.begin != position || tile.end != expected_end) return;
+    CHECK(tiling.index_of(tile.begin) == n && tiling.index_of(tile.end - 1) == n, "c ", c, " ", begin, "..", end,
+          " size ", size, " tile ", n, " is said to be ", tiling.index_of(tile.begin), " and ",
+          tiling.index_of(tile.end - 1));
     if (with_segments) test_segments(g, tile);
     position = expected_end;
   }
@@ -119,7 +155,11 @@ void test_small_sizes() {
       test_pairs(g, length);
       for (int begin = 0; begin <= length; ++begin) {
         for (int end = begin; end <= length; ++end) {
-          for (int size : {1, 2, 3, 5, 8, 64}) test_tiling(g, begin, end, size, begin == 0);
+          for (int size : {1, 2, 3, 5, 8, 64}) {
+            test_tiling(g, begin, end, size, begin == 0);
+            if (begin < end) CHECK(QueryTiling({g, begin, end, size}).index_of(0) == 0, "begin ", begin);
+            test_near_rows(g, {g, begin, end, size});
+          }
         }
       }
     }
@@ -136,6 +176,7 @@ void test_kernel_sizes() {
         test_tiling(g, 0, length, size, true);
         test_tiling(g, length / 2, length, size, true);
         test_tiling(g, length - 1, length, size, true);
+        for (int begin : {0, length / 2, length - 1}) test_near_rows(g, {g, begin, length, size});
       }
     }
   }

@@ -1,15 +1,30 @@
 // The launch plans of the CUDA kernels, for every head_dim and the devices they are compiled for.
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "check.h"
+#include "cuda/backward/plan.h"
+#include "cuda/backward/tile_sizes.h"
 #include "cuda/forward/plan.h"
+#include "kernels.h"
 
 namespace {
 
 using chunkattn::AttentionShape;
+using chunkattn::BackwardParams;
+using chunkattn::BackwardWorkspace;
+using chunkattn::RegimeQueries;
+using chunkattn::cuda::KernelChoice;
 using chunkattn::cuda::KernelPlan;
+using chunkattn::cuda::plan_backward;
 using chunkattn::cuda::plan_forward;
+
+using FindPlan = KernelPlan (*)(const AttentionShape&, int, bool, KernelChoice);
 
 // Shared memory a thread block may take, in bytes (CUDA C++ Programming Guide, technical specifications per compute
 // capability).
@@ -27,19 +42,19 @@ size_t shared_memory_limit(int compute_capability) {
   }
 }
 
-bool refuses(const AttentionShape& shape, int compute_capability) {
+bool refuses(FindPlan find_plan, const AttentionShape& shape, int compute_capability) {
   try {
-    plan_forward(shape, compute_capability);
+    find_plan(shape, compute_capability, true, KernelChoice::kAuto);
   } catch (const std::invalid_argument&) {
     return true;
   }
   return false;
 }
 
-void test_every_head_dim(int compute_capability) {
+void test_every_head_dim(FindPlan find_plan, KernelChoice choice, int compute_capability) {
   for (int head_dim = 1; head_dim <= 256; ++head_dim) {
     const AttentionShape shape{2, 1000, 1000, 8, 2, head_dim};
-    const KernelPlan plan = plan_forward(shape, compute_capability);
+    const KernelPlan plan = find_plan(shape, compute_capability, true, choice);
     CHECK(!std::string_view(plan.name).empty(), "head_dim ", head_dim);
     CHECK(plan.head_dim_padded >= head_dim && plan.head_dim_padded <= 256, "head_dim ", head_dim);
     CHECK(plan.head_dim_padded == 64 || head_dim > plan.head_dim_padded / 2, "head_dim ", head_dim, " is padded to ",
@@ -51,12 +66,99 @@ void test_every_head_dim(int compute_capability) {
     // A tile of Q and one of K at the least, in 16 bits.
     CHECK(plan.shared_memory >= size_t{2} * plan.head_dim_padded * (plan.tile_m + plan.tile_n), "head_dim ", head_dim);
   }
-  CHECK(refuses({1, 16, 16, 1, 1, 257}, compute_capability), "head_dim 257");
+  CHECK(refuses(find_plan, {1, 16, 16, 1, 1, 257}, compute_capability), "head_dim 257");
+}
+
+// Blocks of 256 bytes within the memory, none over another; less than three float32 tensors of dQ's shape.
+void test_workspace(const AttentionShape& shape, bool rotated, bool deterministic) {
+  BackwardParams params{};
+  params.forward.shape = shape;
+  params.forward.geometry = {3072, 512};
+  params.forward.q_rotated = rotated;
+  params.forward.k_rotated = rotated;
+  params.forward.q = &params;
+  params.dq = &params.dq;
+  size_t bytes = 0;
+  chunkattn::cuda::backward_workspace(params, deterministic, nullptr, &bytes);
+  const double query_bytes = 4.0 * shape.batch * shape.seqlen_q * shape.heads * shape.head_dim;
+  CHECK(bytes < 3 * query_bytes, "bytes ", bytes, " of ", query_bytes);
+
+  constexpr uintptr_t kMemory = 1 << 20;
+  size_t again = 0;
+  const BackwardWorkspace workspace =
+      chunkattn::cuda::backward_workspace(params, deterministic, reinterpret_cast<void*>(kMemory), &again);
+  CHECK(again == bytes, "bytes ", again, " then ", bytes);
+  CHECK(workspace.dk_rotated == rotated, "rotated ", rotated);
+  CHECK(workspace.regimes[0].q == (rotated ? params.forward.q : params.dq), "rotated ", rotated);
+  CHECK((workspace.turns != nullptr) == deterministic, "deterministic ", deterministic);
+  std::vector<std::pair<uintptr_t, size_t>> pieces;
+  const auto add = [&](const void* piece, size_t size) {
+    pieces.push_back({reinterpret_cast<uintptr_t>(piece), size});
+  };
+  const size_t row = size_t{1} * shape.batch * shape.heads * shape.head_dim;
+  for (const RegimeQueries& regime : workspace.regimes) {
+    add(regime.dq, 4 * row * regime.rows);
+    if (&regime != workspace.regimes) add(regime.q, 2 * row * regime.rows);
+  }
+  add(workspace.delta, size_t{4} * shape.batch * shape.heads * shape.seqlen_q);
+  const size_t zeroed = kMemory + workspace.zeroed_bytes;
+  for (const RegimeQueries& regime : workspace.regimes) {
+    CHECK(reinterpret_cast<uintptr_t>(regime.dq + row * regime.rows) <= zeroed, "rows ", regime.rows);
+  }
+  if (deterministic) {
+    const chunkattn::QueryTiling tiling{params.forward.geometry, params.forward.first_position(), shape.seqlen_k,
+                                        chunkattn::cuda::kBackwardSmallestTileM};
+    const size_t turns = size_t{4} * shape.batch * shape.heads * tiling.count();
+    add(workspace.turns, turns);
+    CHECK(reinterpret_cast<uintptr_t>(workspace.turns) + turns <= zeroed, "turns ", turns);
+  }
+  std::sort(pieces.begin(), pieces.end());
+  uintptr_t end = kMemory;
+  for (const auto& [begin, size] : pieces) {
+    if (size == 0) continue;
+    CHECK(begin >= end && begin % 256 == 0, "a piece begins at ", begin, ", the one before ends at ", end);
+    end = begin + size;
+  }
+  CHECK(end <= kMemory + bytes, "end ", end - kMemory, " of ", bytes);
+}
+
+void test_workspaces() {
+  for (const bool deterministic : {false, true}) {
+    for (const bool rotated : {false, true}) {
+      for (const AttentionShape& shape : {AttentionShape{1, 8192, 8192, 32, 32, 128},
+                                          {2, 16384, 16384, 16, 4, 256},
+                                          {1, 32768, 32768, 32, 8, 64},
+                                          {1, 2560, 2560, 2, 2, 128}}) {
+        test_workspace(shape, rotated, deterministic);
+      }
+    }
+  }
+}
+
+// What the workspace relies on.
+void test_tile_bounds() {
+  for (int compute_capability : {80, 86, 90, 120}) {
+    for (KernelChoice choice : {KernelChoice::kAuto, KernelChoice::kPortable}) {
+      for (int head_dim : {64, 128, 256}) {
+        const KernelPlan plan = plan_backward({1, 16, 16, 1, 1, head_dim}, compute_capability, true, choice);
+        CHECK(plan.tile_m >= chunkattn::cuda::kBackwardSmallestTileM &&
+                  plan.tile_m <= chunkattn::cuda::kBackwardLargestTileM,
+              "head_dim ", head_dim, " tile ", plan.tile_m);
+      }
+    }
+  }
 }
 
 }  // namespace
 
 int main() {
-  for (int compute_capability : {80, 86, 87, 89, 90, 100, 120}) test_every_head_dim(compute_capability);
+  for (int compute_capability : {80, 86, 87, 89, 90, 100, 120}) {
+    for (FindPlan find_plan : {&plan_forward, &plan_backward}) {
+      test_every_head_dim(find_plan, KernelChoice::kAuto, compute_capability);
+      test_every_head_dim(find_plan, KernelChoice::kPortable, compute_capability);
+    }
+  }
+  test_workspaces();
+  test_tile_bounds();
   return chunkattn::test::report();
 }

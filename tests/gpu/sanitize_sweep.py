@@ -1,10 +1,11 @@
-"""Runs the op on small, varied problems and compares it with the oracle. Made to be run under compute-sanitizer:
+"""Runs the ops on small, varied problems and compares them with the oracle. Made to be run under compute-sanitizer:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize_sweep.py
 
 Without torch's caching allocator every tensor is an allocation of its own, so that an access past its end is seen.
-Inputs and expected outputs are made on the CPU: the op's kernels are nearly all that runs on the device. There, every
-problem runs on the kernel it takes by default and on the portable one.
+Inputs and expected outputs are made on the CPU: the ops' kernels are nearly all that runs on the device. There, every
+problem runs on the kernels it takes by default and on the portable ones; every other one has its gradients summed in a
+fixed order.
 """
 
 import argparse
@@ -106,22 +107,34 @@ def make_inputs(problem, seed):
     return (q, k, v, *table), options
 
 
-def expect(problem, tensors, options):
-    """((out, lse) in float64, the tolerance of each)."""
-    expected = reference.dca(*(x.double() for x in tensors[:3]), *tensors[3:], **options, return_lse=True)
-    plain = reference.dca(*tensors, **options, return_lse=True)
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+def differentiate(function, qkv, dout, rest, options):
+    """(out, lse, dq, dk, dv) of the op or of the oracle."""
+    qkv = tuple(x.requires_grad_() for x in qkv)
+    out, lse = function(*qkv, *rest, **options, return_lse=True)
+    return out.detach(), lse.detach(), *torch.autograd.grad(out, qkv, dout)
+
+
+def expect(problem, tensors, dout, options):
+    """(out, lse, dq, dk and dv in float64, the tolerance of each)."""
+    double = tuple(x.double() for x in tensors[:3])
+    expected = differentiate(reference.dca, double, dout.double(), tensors[3:], options)
+    plain = differentiate(reference.dca, tuple(x.clone() for x in tensors[:3]), dout, tensors[3:], options)
     # FlashAttention's rule: at most twice the error of plain torch in the same dtype, and a rounding.
     rounding = torch.finfo(problem.dtype).eps
     errors = [(low.double() - want).abs().max().item() for low, want in zip(plain, expected, strict=True)]
-    return expected, [2 * error + rounding for error in errors]
+    sizes = [max(1.0, want.abs().max().item()) for want in expected]
+    return expected, [2 * error + rounding * size for error, size in zip(errors, sizes, strict=True)]
 
 
-def run(problem, tensors, options, device):
-    """(out, lse) of the op."""
-    placed = [place(x, problem.layout, device) for x in tensors[:3]] + [x.to(device) for x in tensors[3:]]
+def run(problem, tensors, dout, options, device):
+    """(out, lse, dq, dk, dv) of the op."""
+    qkv, rest = [place(x, problem.layout, device) for x in tensors[:3]], [x.to(device) for x in tensors[3:]]
     if problem.temperature:
         options = options | {"temperature": options["temperature"].to(device)}
-    return chunkattn.dca(*placed, **options, return_lse=True)
+    return differentiate(chunkattn.dca, qkv, place(dout, problem.layout, device), rest, options)
 
 
 def main(argv=None):
@@ -132,15 +145,20 @@ def main(argv=None):
     wrong = 0
     for seed, problem in enumerate(PROBLEMS):
         tensors, options = make_inputs(problem, seed)
-        expected, tolerances = expect(problem, tensors, options)
+        dout = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(~seed)).to(problem.dtype)
+        expected, tolerances = expect(problem, tensors, dout, options)
+        options["deterministic"] = seed % 2 == 1
         for kernel in kernels:
             if device.type == "cuda":
                 torch.ops.chunkattn.force_kernel(kernel)
-            found = run(problem, tensors, options, device)
+            found = run(problem, tensors, dout, options, device)
             errors = [(got.cpu().double() - want).abs().max().item() for got, want in zip(found, expected, strict=True)]
             good = all(error <= tolerance for error, tolerance in zip(errors, tolerances, strict=True))
             wrong += not good
-            figures = f"out {errors[0]:.1e} of {tolerances[0]:.1e}, lse {errors[1]:.1e} of {tolerances[1]:.1e}"
+            figures = ", ".join(
+                f"{name} {error:.1e} of {tolerance:.1e}"
+                for name, error, tolerance in zip(NAMES, errors, tolerances, strict=True)
+            )
             print(f"{'ok' if good else 'WRONG'} {kernel}: {figures}: {problem}", flush=True)
     print(f"{len(PROBLEMS)} problems, {wrong} wrong")
     return 1 if wrong else 0

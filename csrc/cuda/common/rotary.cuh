@@ -25,19 +25,30 @@ __device__ __forceinline__ uint4 load_chunk(const T* row, int begin) {
   return __ldg(reinterpret_cast<const uint4*>(row + begin));
 }
 
+// Which pair an element below rotary_dim belongs to.
+struct RotaryPair {
+  int index;    // the pair's column of the table
+  int partner;  // the other element
+  bool second;  // this one is the pair's second
+};
+
+__device__ __forceinline__ RotaryPair rotary_pair(const RotaryTable& table, int d) {
+  const int half = table.rotary_dim / 2;
+  const bool second = table.interleaved ? d % 2 == 1 : d >= half;
+  const int step = table.interleaved ? 1 : half;
+  return {table.interleaved ? d / 2 : d % half, second ? d - step : d + step, second};
+}
+
 // Element d of a row, rotated by row `table_row` of the table. For any alignment.
 template <typename T>
 __device__ __forceinline__ float rotated_element(const T* row, int d, const RotaryTable& table, int table_row) {
   const float x = to_float(row[d]);
   if (d >= table.rotary_dim) return x;
-  const int half = table.rotary_dim / 2;
-  const int pair = table.interleaved ? d / 2 : d % half;
-  const bool second = table.interleaved ? d % 2 == 1 : d >= half;
-  const int step = table.interleaved ? 1 : half;
-  const float partner = to_float(row[second ? d - step : d + step]);
-  const int64_t index = table_row * table.row_stride + pair;
+  const RotaryPair pair = rotary_pair(table, d);
+  const float partner = to_float(row[pair.partner]);
+  const int64_t index = table_row * table.row_stride + pair.index;
   const float cos = table.cos[index], sin = table.sin[index];
-  return second ? x * cos + partner * sin : x * cos - partner * sin;
+  return pair.second ? x * cos + partner * sin : x * cos - partner * sin;
 }
 
 // cos and sin of eight neighbouring pairs.
@@ -116,6 +127,56 @@ __device__ __forceinline__ void rotate_unit(uint4& first, uint4& second, const R
   } else {
     rotate_chunks<T>(first, second, load_angles(table, table_row, unit.first));
   }
+}
+
+// The way back, which gradients take: the rotation by minus the row, of float32 rows.
+
+__device__ __forceinline__ void load_floats(const float* source, float (&x)[kChunk]) {
+  const float4 low = *reinterpret_cast<const float4*>(source), high = *reinterpret_cast<const float4*>(source + 4);
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+__device__ __forceinline__ void rotate_interleaved_back(float (&x)[kChunk], const RotaryTable& table, int table_row,
+                                                        int pair) {
+  const int64_t index = table_row * table.row_stride + pair;
+  const float4 cos = __ldg(reinterpret_cast<const float4*>(table.cos + index));
+  const float4 sin = __ldg(reinterpret_cast<const float4*>(table.sin + index));
+  const float c[4] = {cos.x, cos.y, cos.z, cos.w}, s[4] = {sin.x, sin.y, sin.z, sin.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    x[2 * i] = a * c[i] + b * s[i];
+    x[2 * i + 1] = b * c[i] - a * s[i];
+  }
+}
+
+__device__ __forceinline__ void rotate_unit_back(float (&first)[kChunk], float (&second)[kChunk],
+                                                 const RotaryUnit& unit, const RotaryTable& table, int table_row) {
+  if (!unit.rotated) return;
+  if (table.interleaved) {
+    rotate_interleaved_back(first, table, table_row, unit.first / 2);
+    if (unit.second < table.rotary_dim) rotate_interleaved_back(second, table, table_row, unit.second / 2);
+    return;
+  }
+  const Angles angles = load_angles(table, table_row, unit.first);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const float cos = reinterpret_cast<const float*>(angles.cos)[i],
+                sin = reinterpret_cast<const float*>(angles.sin)[i];
+    const float x = first[i], y = second[i];
+    first[i] = x * cos + y * sin;
+    second[i] = y * cos - x * sin;
+  }
+}
+
+// Element d of a float32 row, rotated back. For any alignment.
+__device__ __forceinline__ float rotated_back_element(const float* row, int d, const RotaryTable& table,
+                                                      int table_row) {
+  if (d >= table.rotary_dim) return row[d];
+  const RotaryPair pair = rotary_pair(table, d);
+  const int64_t index = table_row * table.row_stride + pair.index;
+  const float cos = table.cos[index], sin = table.sin[index];
+  return pair.second ? row[d] * cos - row[pair.partner] * sin : row[d] * cos + row[pair.partner] * sin;
 }
 
 }  // namespace chunkattn::cuda

@@ -21,6 +21,10 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint16_t element)
   asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(address), "h"(element) : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(first), "f"(second) : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 chunk;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
@@ -29,16 +33,18 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return chunk;
 }
 
-// [kRows][kHeadDim], row after row. The eight rows ldmatrix reads at once lie in different banks.
-template <int kRows, int kHeadDim>
+// [kRows][kColumns], row after row. The eight rows ldmatrix reads at once lie in different banks.
+template <int kRows, int kColumns>
 struct RowTile {
-  static constexpr int kChunksPerRow = kHeadDim / kChunk;
-  static constexpr int kBytes = kRows * kHeadDim * 2;
+  static constexpr int kChunksPerRow = kColumns / kChunk;
+  static constexpr int kBytes = kRows * kColumns * 2;
+  static constexpr int kRowsPerLine = kChunksPerRow < 8 ? 8 / kChunksPerRow : 1;  // a line is 128 bytes, all banks
+  static constexpr int kChunksPermuted = kChunksPerRow < 8 ? kChunksPerRow : 8;
 
   uint32_t base;
 
   __device__ __forceinline__ uint32_t address(int row, int chunk) const {
-    return base + (row * kChunksPerRow + (chunk ^ (row % 8))) * 16;
+    return base + (row * kChunksPerRow + (chunk ^ (row / kRowsPerLine % kChunksPermuted))) * 16;
   }
 };
 

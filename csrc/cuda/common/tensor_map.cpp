@@ -16,25 +16,40 @@ decltype(&cuTensorMapEncodeTiled) find_encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
+template <int kRank>
+const char* encode(CUtensorMap* map, CUtensorMapDataType type, const void* data, const cuuint64_t (&sizes)[kRank],
+                   const cuuint64_t (&byte_strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
+  static const auto encoder = find_encoder();
+  if (encoder == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled: it needs to be 12.0 or later";
+  cuuint32_t element_strides[kRank];
+  for (cuuint32_t& stride : element_strides) stride = 1;
+  const CUresult status = encoder(map, type, kRank, const_cast<void*>(data), sizes, byte_strides, box, element_strides,
+                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the strides of a tensor";
+}
+
 }  // namespace
 
-const char* encode_key_map(CUtensorMap* map, const void* data, const Strides& strides, const AttentionShape& shape,
-                           DataType dtype, int box_rows) {
-  static const auto encode = find_encoder();
-  if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled: it needs to be 12.0 or later";
+const char* encode_row_map(CUtensorMap* map, const RowTensor& tensor, DataType dtype, int box_rows) {
   constexpr cuuint64_t kElementBytes = 2;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(shape.head_dim), static_cast<cuuint64_t>(shape.seqlen_k),
-                              static_cast<cuuint64_t>(shape.kv_heads), static_cast<cuuint64_t>(shape.batch)};
-  const cuuint64_t byte_strides[] = {strides.seq * kElementBytes, strides.head * kElementBytes,
-                                     strides.batch * kElementBytes};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(tensor.rows),
+                              static_cast<cuuint64_t>(tensor.heads), static_cast<cuuint64_t>(tensor.batch)};
+  const cuuint64_t byte_strides[] = {tensor.strides.seq * kElementBytes, tensor.strides.head * kElementBytes,
+                                     tensor.strides.batch * kElementBytes};
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t element_strides[] = {1, 1, 1, 1};
   const CUtensorMapDataType type =
       dtype == DataType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult status = encode(map, type, 4, const_cast<void*>(data), sizes, byte_strides, box, element_strides,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the strides of k or v";
+  return encode(map, type, tensor.data, sizes, byte_strides, box);
+}
+
+const char* encode_gradient_map(CUtensorMap* map, float* data, int64_t planes, int rows, int head_dim) {
+  const cuuint64_t row_bytes = head_dim * sizeof(float);
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(rows),
+                              static_cast<cuuint64_t>(planes)};
+  const cuuint64_t byte_strides[] = {row_bytes, rows * row_bytes};
+  const cuuint32_t box[] = {32, 64, 1};
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, data, sizes, byte_strides, box);
 }
 
 }  // namespace chunkattn::cuda

@@ -37,4 +37,38 @@ inline VectorPaths vector_paths(const ForwardParams& params) {
           rows_aligned(params.out, params.out_strides, head_dim), q && rotation_aligned(params.rotary)};
 }
 
+// The same of the backward kernels.
+struct BackwardVectorPaths {
+  bool q[3];  // of each regime
+  bool k;
+  bool v;
+  bool dout;
+  bool dk;  // pairs and table rows fall on whole pieces too, where dk is to be rotated
+  bool dv;
+  bool prepare;  // all that is read and written before the main loop
+  bool finish;   // all that is read and written after it
+
+  CHUNKATTN_HOST_DEVICE bool main_loop() const { return q[0] && q[1] && q[2] && k && v && dout; }
+};
+
+inline BackwardVectorPaths vector_paths(const BackwardParams& params, const BackwardWorkspace& workspace) {
+  const ForwardParams& forward = params.forward;
+  const int head_dim = forward.shape.head_dim;
+  const bool rotation = rotation_aligned(forward.rotary);
+  BackwardVectorPaths paths{};
+  for (int i = 0; i < 3; ++i) {
+    paths.q[i] = rows_aligned(workspace.regimes[i].q, workspace.regimes[i].q_strides, head_dim);
+  }
+  paths.k = rows_aligned(forward.k, forward.k_strides, head_dim);
+  paths.v = rows_aligned(forward.v, forward.v_strides, head_dim);
+  paths.dout = rows_aligned(params.dout, params.dout_strides, head_dim);
+  paths.dk = rows_aligned(params.dk, params.dk_strides, head_dim) && (workspace.dk_rotated || rotation);
+  paths.dv = rows_aligned(params.dv, params.dv_strides, head_dim);
+  paths.prepare = rotation && paths.q[0] && paths.q[1] && paths.q[2] && paths.dout &&
+                  rows_aligned(forward.q, forward.q_strides, head_dim) &&
+                  rows_aligned(forward.out, forward.out_strides, head_dim);
+  paths.finish = rotation && rows_aligned(params.dq, params.dq_strides, head_dim);
+  return paths;
+}
+
 }  // namespace chunkattn::cuda

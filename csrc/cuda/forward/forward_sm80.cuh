@@ -5,6 +5,7 @@
 // have one buffer each: V(n) arrives while S = Q K(n)^T is computed, K(n + 1) while P V(n) is.
 #pragma once
 
+#include "cuda/common/copy_rows.cuh"
 #include "cuda/common/key_tiles.cuh"
 #include "cuda/common/mask.cuh"
 #include "cuda/common/query_tile.cuh"
@@ -12,7 +13,6 @@
 #include "cuda/common/tile_schedule.h"
 #include "cuda/common/vector_paths.h"
 #include "cuda/forward/tile_sizes.h"
-#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma_sync.cuh"
 
 namespace chunkattn::cuda {
@@ -27,39 +27,11 @@ struct ForwardSm80 {
   static constexpr int kSlabs = kWarpRows / 16;
   static constexpr int kKeyBlocks = kTileN / 8;
   static constexpr int kDimBlocks = kHeadDim / 8;
-  static constexpr int kChunksPerRow = kHeadDim / kChunk;
 
   using QueryShared = RowTile<kTileM, kHeadDim>;
   using KeyShared = RowTile<kTileN, kHeadDim>;
   using Logits = float[kSlabs][kKeyBlocks][4];
   using Output = float[kSlabs][kDimBlocks][4];
-
-  // Starts the copy of a key or value tile; rows from `valid` on are filled with zeros.
-  static __device__ __forceinline__ void load_keys(const KeyShared& shared, const T* source, int64_t stride, int valid,
-                                                   int head_dim, bool vectorized) {
-    constexpr int kPerThread = kTileN * kChunksPerRow / kThreads;
-    constexpr int kRowStep = kThreads / kChunksPerRow;
-    const int chunk = threadIdx.x % kChunksPerRow;
-    const int first_row = threadIdx.x / kChunksPerRow;
-    if (vectorized) {
-      const T* pointer = source + first_row * stride + chunk * kChunk;
-      const bool inside = chunk * kChunk < head_dim;
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        const int row = first_row + i * kRowStep;
-        ptx::cp_async_16(shared.address(row, chunk), pointer + i * kRowStep * stride, inside && row < valid);
-      }
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kPerThread * kChunk; ++i) {
-        const int row = first_row + i / kChunk * kRowStep;
-        const int d = chunk * kChunk + i % kChunk;
-        const T x = row < valid && d < head_dim ? source[row * stride + d] : from_float<T>(0.f);
-        store_shared(shared.address(row, chunk) + i % kChunk * 2, reinterpret_cast<const uint16_t&>(x));
-      }
-    }
-    ptx::cp_async_commit();
-  }
 
   // S = Q K^T for this warp's rows.
   static __device__ __forceinline__ void multiply_keys(Logits& logits, const QueryShared& q, const KeyShared& k) {
@@ -151,12 +123,14 @@ struct ForwardSm80 {
     const float scale_log2 = logit_scale(params, batch) * kLog2E;
 
     const auto load_k = [&](const KeyTile& tile) {
-      load_keys(k_tile, k + tile.begin * params.k_strides.seq, params.k_strides.seq, tile.valid, params.shape.head_dim,
-                vectorized.k);
+      copy_rows_async<kThreads>(k_tile, k + tile.begin * params.k_strides.seq, params.k_strides.seq, tile.valid,
+                                params.shape.head_dim, vectorized.k);
+      ptx::cp_async_commit();
     };
     const auto load_v = [&](const KeyTile& tile) {
-      load_keys(v_tile, v + tile.begin * params.v_strides.seq, params.v_strides.seq, tile.valid, params.shape.head_dim,
-                vectorized.v);
+      copy_rows_async<kThreads>(v_tile, v + tile.begin * params.v_strides.seq, params.v_strides.seq, tile.valid,
+                                params.shape.head_dim, vectorized.v);
+      ptx::cp_async_commit();
     };
     const auto load_q = [&](Regime regime) {
       load_queries<kTileM, kThreads, 1>(q_tile, params, q, queries, regime, vectorized.rotation, threadIdx.x);

@@ -10,32 +10,16 @@
 #include "cuda/common/key_tiles.cuh"
 #include "cuda/common/mask.cuh"
 #include "cuda/common/query_tile.cuh"
+#include "cuda/common/ring.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/tile_schedule.h"
 #include "cuda/common/vector_paths.h"
 #include "cuda/forward/tile_sizes.h"
-#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/warpgroup.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace chunkattn::cuda {
-
-// Position in a ring of buffers, with the parity of the current lap.
-template <int kSize>
-struct Ring {
-  int index = 0;
-  int lap = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++index == kSize) {
-      index = 0;
-      lap ^= 1;
-    }
-  }
-  __device__ __forceinline__ void wait_full(uint64_t* full) const { ptx::mbarrier_wait(full + index, lap); }
-  __device__ __forceinline__ void wait_empty(uint64_t* empty) const { ptx::mbarrier_wait(empty + index, lap ^ 1); }
-};
 
 // A tile of the schedule, decoded once for all warps of the block.
 struct TileWork {

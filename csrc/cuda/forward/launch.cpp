@@ -2,17 +2,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <atomic>
-#include <string>
-
+#include "cuda/common/device.h"
 #include "cuda/forward/launchers.h"
 #include "kernels.h"
 
 namespace chunkattn::cuda {
 
 namespace {
-
-std::atomic<KernelChoice> forced_choice{KernelChoice::kAuto};
 
 template <typename T, int kHeadDim>
 const char* launch(const ForwardParams& params, const VectorPaths& vectorized, const KernelPlan& plan,
@@ -38,29 +34,11 @@ const char* launch(const ForwardParams& params, const VectorPaths& vectorized, c
 
 }  // namespace
 
-const char* force_kernel(const char* name) {
-  const std::string choice = name;
-  if (choice == "auto") {
-    forced_choice = KernelChoice::kAuto;
-  } else if (choice == "portable") {
-    forced_choice = KernelChoice::kPortable;
-  } else if (choice == "hopper") {
-    forced_choice = KernelChoice::kHopper;
-  } else {
-    return "name must be 'auto', 'portable' or 'hopper'";
-  }
-  return nullptr;
-}
-
 const char* dca_forward(const ForwardParams& params, void* stream) {
-  int device = 0, major = 0, minor = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (status != cudaSuccess) return cudaGetErrorString(status);
-  if (major < 8) return "chunkattn's CUDA kernels need compute capability 8.0 or later";
+  int capability = 0;
+  if (const char* failure = compute_capability(&capability)) return failure;
   const VectorPaths vectorized = vector_paths(params);
-  const KernelPlan plan = plan_forward(params.shape, major * 10 + minor, vectorized.k && vectorized.v, forced_choice);
+  const KernelPlan plan = plan_forward(params.shape, capability, vectorized.k && vectorized.v, forced_kernel());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (params.dtype) {
     case DataType::kBFloat16:

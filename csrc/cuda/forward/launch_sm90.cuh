@@ -25,10 +25,11 @@ const char* launch_forward_sm90(const ForwardParams& params, const VectorPaths& 
   const TileSchedule schedule = make_tile_schedule(params, plan.tile_m);
   if (schedule.count() > INT32_MAX) return "q has too many query tiles for one launch";
   CUtensorMap key_map, value_map;
-  const char* failure = encode_key_map(&key_map, params.k, params.k_strides, params.shape, params.dtype, plan.tile_n);
-  if (failure == nullptr) {
-    failure = encode_key_map(&value_map, params.v, params.v_strides, params.shape, params.dtype, plan.tile_n);
-  }
+  const AttentionShape& shape = params.shape;
+  const RowTensor k{params.k, params.k_strides, shape.batch, shape.seqlen_k, shape.kv_heads, shape.head_dim};
+  const RowTensor v{params.v, params.v_strides, shape.batch, shape.seqlen_k, shape.kv_heads, shape.head_dim};
+  const char* failure = encode_row_map(&key_map, k, params.dtype, plan.tile_n);
+  if (failure == nullptr) failure = encode_row_map(&value_map, v, params.dtype, plan.tile_n);
   if (failure != nullptr) return failure;
 
   const auto kernel = &dca_forward_sm90<T, kHeadDim>;

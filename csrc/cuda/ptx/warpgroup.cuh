@@ -26,4 +26,7 @@ __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
 // Orders this thread's ordinary stores to shared memory before later reads by wgmma or the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
+// The same for all memory, both ways.
+__device__ __forceinline__ void fence_async_proxy_all() { asm volatile("fence.proxy.async;\n" ::: "memory"); }
+
 }  // namespace chunkattn::ptx

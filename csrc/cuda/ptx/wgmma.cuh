@@ -80,18 +80,20 @@ struct Wgmma;
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
 
-// ss: a and b in shared memory, both along K; `accumulate` false starts from zero.
+// ss: a and b in shared memory, rows of both along the outer dimension, or kRowsAlongK; `accumulate` false starts from
+// zero.
 // rs: a in registers, b with rows along K (a value tile as it lies in memory).
 #define CHUNKATTN_WGMMA(TYPE, PTX_TYPE, N, P0, P1, P2, P3, P4)                                                         \
   template <>                                                                                                          \
   struct Wgmma<TYPE, N> {                                                                                              \
+    template <bool kRowsAlongK = false>                                                                                \
     static __device__ __forceinline__ void ss(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool accumulate) {         \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P2                                                             \
                    ", 0;\n"                                                                                            \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE " " CHUNKATTN_REGISTERS_##N \
-                   ", %" P0 ", %" P1 ", p, 1, 1, 0, 0;\n}\n"                                                           \
+                   ", %" P0 ", %" P1 ", p, 1, 1, %" P3 ", %" P3 ";\n}\n"                                               \
                    : CHUNKATTN_ACCUMULATORS_##N(d)                                                                     \
-                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                               \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kRowsAlongK ? 1 : 0));                     \
     }                                                                                                                  \
     static __device__ __forceinline__ void rs(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b) {              \
       asm volatile(                                                                                                    \

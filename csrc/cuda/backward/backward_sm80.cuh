@@ -1,0 +1,292 @@
+// The portable backward main loop: mma.sync and cp.async, for sm_80 and everything after it.
+//
+// One thread block owns one tile of keys of one KV head, and with it dK and dV, in registers. It walks the query tiles
+// that attend the keys, of all query heads that share them: S = Q K^T again, P from the log-sum-exp, dP = dO V^T,
+// dS = P (dP - delta), then dV += P^T dO, dK += dS^T Q and dQ += dS K, the last in global memory. The regime of a pair
+// of tiles says which rotation of Q is read and which dQ is added to. P and dS pass through shared memory: the products
+// that need them transposed cut them among the warps in another way.
+#pragma once
+
+#include "cuda/backward/schedule.h"
+#include "cuda/backward/tile_sizes.h"
+#include "cuda/common/copy_rows.cuh"
+#include "cuda/common/gradients.cuh"
+#include "cuda/common/mask.cuh"
+#include "cuda/common/query_tiles.cuh"
+#include "cuda/common/softmax.cuh"
+#include "cuda/common/warp_multiply.cuh"
+
+namespace chunkattn::cuda {
+
+// How the warps of a block share a product's result.
+template <int kRows, int kColumns, int kWarps, int kWarpRows>
+struct WarpGrid {
+  static constexpr int kWarpColumns = kWarps / kWarpRows;
+  static constexpr int kSlabs = kRows / kWarpRows / 16;
+  static constexpr int kBlocks = kColumns / kWarpColumns / 8;
+  static_assert(kSlabs * 16 * kWarpRows == kRows && kBlocks * 8 * kWarpColumns == kColumns);
+
+  using Accumulators = float[kSlabs][kBlocks][4];
+
+  // The first row and column of this warp's part.
+  static __device__ __forceinline__ int row() { return threadIdx.x / 32 / kWarpColumns * (kSlabs * 16); }
+  static __device__ __forceinline__ int column() { return threadIdx.x / 32 % kWarpColumns * (kBlocks * 8); }
+};
+
+template <typename T, int kHeadDim, int kSharedKilobytes>
+struct BackwardSm80 {
+  using Sizes = BackwardSm80Tile<kHeadDim, kSharedKilobytes>;
+  static constexpr int kTileM = Sizes::kTileM;
+  static constexpr int kTileN = Sizes::kTileN;
+  static constexpr int kThreads = Sizes::kWarps * 32;
+  static constexpr int kQueryStages = Sizes::kQueryStages;
+  static constexpr size_t kSharedBytes = backward_sm80_shared_bytes<kHeadDim, kSharedKilobytes>();
+
+  using LogitGrid = WarpGrid<kTileM, kTileN, Sizes::kWarps, Sizes::kLogitRows>;
+  using KeyGrid = WarpGrid<kTileN, kHeadDim, Sizes::kWarps, Sizes::kKeyRows>;
+  using QueryGrid = WarpGrid<kTileM, kHeadDim, Sizes::kWarps, Sizes::kQueryRows>;
+  using Logits = typename LogitGrid::Accumulators;
+  using KeyGradients = typename KeyGrid::Accumulators;
+  using QueryGradients = typename QueryGrid::Accumulators;
+  using Statistics = float[LogitGrid::kSlabs][2];  // of this thread's rows
+
+  using QueryShared = RowTile<kTileM, kHeadDim>;
+  using KeyShared = RowTile<kTileN, kHeadDim>;
+  using LogitShared = RowTile<kTileM, kTileN>;
+  using Staged = StagedRows<kTileN, kHeadDim>;
+  static_assert(Staged::kBytes <= kSharedBytes);
+
+  const BackwardParams& params;
+  const BackwardWorkspace& workspace;
+  const BackwardVectorPaths& vectorized;
+  uint32_t shared;  // K, V, dO, the stages of Q, P, dS
+  int batch;
+  int kv_head;
+  QueryTile keys;
+
+  __device__ __forceinline__ KeyShared k_tile() const { return {shared}; }
+  __device__ __forceinline__ KeyShared v_tile() const { return {shared + KeyShared::kBytes}; }
+  __device__ __forceinline__ QueryShared dout_tile() const { return {shared + 2 * KeyShared::kBytes}; }
+  __device__ __forceinline__ QueryShared q_tile(int stage) const {
+    return {shared + 2 * KeyShared::kBytes + (1 + stage) * QueryShared::kBytes};
+  }
+  __device__ __forceinline__ LogitShared p_tile() const {
+    return {shared + 2 * KeyShared::kBytes + (1 + kQueryStages) * QueryShared::kBytes};
+  }
+  __device__ __forceinline__ LogitShared ds_tile() const { return {p_tile().base + LogitShared::kBytes}; }
+
+  __device__ __forceinline__ void load_keys() const {
+    const ForwardParams& forward = params.forward;
+    const T* k = static_cast<const T*>(forward.k) + batch * forward.k_strides.batch +
+                 keys.begin * forward.k_strides.seq + kv_head * forward.k_strides.head;
+    const T* v = static_cast<const T*>(forward.v) + batch * forward.v_strides.batch +
+                 keys.begin * forward.v_strides.seq + kv_head * forward.v_strides.head;
+    const int valid = keys.end - keys.begin;
+    const int head_dim = forward.shape.head_dim;
+    copy_rows_async<kThreads>(k_tile(), k, forward.k_strides.seq, valid, head_dim, vectorized.k);
+    copy_rows_async<kThreads>(v_tile(), v, forward.v_strides.seq, valid, head_dim, vectorized.v);
+  }
+
+  __device__ __forceinline__ void load_queries(int stage, const AttendingTile& tile, int head) const {
+    const int regime = static_cast<int>(tile.regime);
+    const Strides& strides = workspace.regimes[regime].q_strides;
+    const T* q = static_cast<const T*>(workspace.regimes[regime].q) + batch * strides.batch + tile.row * strides.seq +
+                 head * strides.head;
+    copy_rows_async<kThreads>(q_tile(stage), q, strides.seq, tile.count, params.forward.shape.head_dim,
+                              vectorized.q[regime]);
+  }
+
+  __device__ __forceinline__ void load_out_gradients(const AttendingTile& tile, int head) const {
+    const Strides& strides = params.dout_strides;
+    const T* dout = static_cast<const T*>(params.dout) + batch * strides.batch +
+                    (tile.begin - params.forward.first_position()) * strides.seq + head * strides.head;
+    copy_rows_async<kThreads>(dout_tile(), dout, strides.seq, tile.count, params.forward.shape.head_dim,
+                              vectorized.dout);
+  }
+
+  // The log-sum-exp in bits, and delta. Rows without a query get what makes P zero.
+  __device__ __forceinline__ void load_statistics(Statistics& lse_log2, Statistics& delta, const AttendingTile& tile,
+                                                  int plane) const {
+    const int64_t first =
+        static_cast<int64_t>(plane) * params.forward.shape.seqlen_q + (tile.begin - params.forward.first_position());
+#pragma unroll
+    for (int slab = 0; slab < LogitGrid::kSlabs; ++slab) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = LogitGrid::row() + slab * 16 + half * 8 + threadIdx.x % 32 / 4;
+        const bool valid = row < tile.count;
+        lse_log2[slab][half] = valid ? params.forward.softmax_lse[first + row] * kLog2E : INFINITY;
+        delta[slab][half] = valid ? workspace.delta[first + row] : 0.f;
+      }
+    }
+  }
+
+  // S becomes P.
+  __device__ __forceinline__ void exponentiate(Logits& logits, const Statistics& lse_log2, float scale_log2,
+                                               const AttendingTile& tile) const {
+    const int valid = keys.end - keys.begin;
+    const bool causal = tile.regime == Regime::kIntra && keys.end - 1 > tile.begin;
+    if (causal || valid < kTileN) {
+      const int column = LogitGrid::column();
+      hide_keys(logits, KeyTile{keys.begin + column, valid - column, tile.regime, causal},
+                tile.begin + LogitGrid::row());
+    }
+#pragma unroll
+    for (int slab = 0; slab < LogitGrid::kSlabs; ++slab) {
+#pragma unroll
+      for (int block = 0; block < LogitGrid::kBlocks; ++block) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          logits[slab][block][i] = exp2_approx(logits[slab][block][i] * scale_log2 - lse_log2[slab][i / 2]);
+        }
+      }
+    }
+  }
+
+  // Writes P and dS of a query tile to shared memory; dS lacks the logits' scale.
+  __device__ __forceinline__ void differentiate_logits(int stage, const AttendingTile& tile, const Statistics& lse_log2,
+                                                       const Statistics& delta, float scale_log2) const {
+    constexpr Inner kAlong = Inner::kAlongRows;
+    const int row = LogitGrid::row(), column = LogitGrid::column();
+    Logits p = {};
+    warp_multiply<T, kAlong, kAlong, kHeadDim>(p, q_tile(stage), row, k_tile(), column);
+    exponentiate(p, lse_log2, scale_log2, tile);
+    store_accumulators<T>(p_tile(), p, row, column);
+    // dP - delta, from which dS follows by P.
+    Logits ds;
+#pragma unroll
+    for (int slab = 0; slab < LogitGrid::kSlabs; ++slab) {
+#pragma unroll
+      for (int block = 0; block < LogitGrid::kBlocks; ++block) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ds[slab][block][i] = -delta[slab][i / 2];
+      }
+    }
+    warp_multiply<T, kAlong, kAlong, kHeadDim>(ds, dout_tile(), row, v_tile(), column);
+#pragma unroll
+    for (int slab = 0; slab < LogitGrid::kSlabs; ++slab) {
+#pragma unroll
+      for (int block = 0; block < LogitGrid::kBlocks; ++block) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ds[slab][block][i] *= p[slab][block][i];
+      }
+    }
+    store_accumulators<T>(ds_tile(), ds, row, column);
+  }
+
+  __device__ __forceinline__ void add_query_gradients(const AttendingTile& tile, int plane, int key_tile,
+                                                      int query_tiles) const {
+    QueryGradients dq = {};
+    warp_multiply<T, Inner::kAlongRows, Inner::kDownRows, kTileN>(dq, ds_tile(), QueryGrid::row(), k_tile(),
+                                                                  QueryGrid::column());
+    const RegimeQueries& regime = workspace.regimes[static_cast<int>(tile.regime)];
+    const int head_dim = params.forward.shape.head_dim;
+    int* turn =
+        workspace.turns == nullptr ? nullptr : workspace.turns + static_cast<int64_t>(plane) * query_tiles + tile.index;
+    if (turn != nullptr) {
+      if (threadIdx.x == 0) wait_for_turn(turn, key_tile);
+      __syncthreads();
+    }
+    add_rows(regime.dq + (static_cast<int64_t>(plane) * regime.rows + tile.row) * head_dim, dq, QueryGrid::row(),
+             QueryGrid::column(), tile.count, head_dim);
+    if (turn != nullptr) {
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) pass_turn_on(turn);
+    }
+  }
+
+  __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int key_tile) const {
+    constexpr Inner kDown = Inner::kDownRows;
+    const ForwardParams& forward = params.forward;
+    const QueryTiling tiling{forward.geometry, forward.first_position(), forward.shape.seqlen_k, kTileM};
+    const int query_tiles = workspace.turns == nullptr ? 0 : tiling.count();
+    const int group = forward.shape.heads / forward.shape.kv_heads;
+    const float scale_log2 = logit_scale(forward, batch) * kLog2E;
+    const int row = KeyGrid::row(), column = KeyGrid::column();
+
+    int head = kv_head * group;
+    QueryTileWalk walk(tiling, workspace.near_rows, keys.begin);
+    AttendingTile next = walk.tile(tiling);
+    load_keys();
+    load_queries(0, next, head);
+    load_out_gradients(next, head);
+    ptx::cp_async_commit();
+    int stage = 0;
+    for (bool more = true; more;) {
+      const AttendingTile tile = next;
+      const int plane = batch * forward.shape.heads + head;
+      Statistics lse_log2, delta;
+      load_statistics(lse_log2, delta, tile, plane);
+      walk.advance(tiling, workspace.near_rows);
+      if (walk.done(tiling)) {
+        walk = QueryTileWalk(tiling, workspace.near_rows, keys.begin);
+        more = ++head < (kv_head + 1) * group;
+      }
+      next = walk.tile(tiling);
+
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // Q and dO are there, and every warp has finished with dS and the Q of the tile before
+      const int next_stage = kQueryStages == 1 ? 0 : stage ^ 1;
+      if (kQueryStages > 1 && more) load_queries(next_stage, next, head);
+      ptx::cp_async_commit();
+      differentiate_logits(stage, tile, lse_log2, delta, scale_log2);
+      __syncthreads();  // P and dS are there
+      warp_multiply<T, kDown, kDown, kTileM>(dv, p_tile(), row, dout_tile(), column);
+      __syncthreads();  // every warp has finished with dO
+      if (more) load_out_gradients(next, head);
+      ptx::cp_async_commit();
+      warp_multiply<T, kDown, kDown, kTileM>(dk, ds_tile(), row, q_tile(stage), column);
+      if (kQueryStages == 1) {
+        __syncthreads();  // every warp has finished with Q
+        if (more) load_queries(next_stage, next, head);
+        ptx::cp_async_commit();
+      }
+      add_query_gradients(tile, plane, key_tile, query_tiles);
+      stage = next_stage;
+    }
+  }
+
+  // Scales dK, rotates it back to the keys that were passed in, and writes it beside dV.
+  __device__ __forceinline__ void store_key_gradients(const KeyGradients& dk, const KeyGradients& dv,
+                                                      float* staging) const {
+    const ForwardParams& forward = params.forward;
+    const Staged staged{staging};
+    const int valid = keys.end - keys.begin;
+    const int head_dim = forward.shape.head_dim;
+    const auto first_row = [&](void* tensor, const Strides& strides) {
+      return static_cast<T*>(tensor) + batch * strides.batch + keys.begin * strides.seq + kv_head * strides.head;
+    };
+    __syncthreads();  // every warp has finished with the tiles
+    staged.collect(dv, KeyGrid::row(), KeyGrid::column(), 1.f);
+    __syncthreads();
+    store_staged<kThreads>(staged, first_row(params.dv, params.dv_strides), params.dv_strides.seq, valid, head_dim,
+                           forward.rotary, -1, vectorized.dv, threadIdx.x);
+    __syncthreads();
+    staged.collect(dk, KeyGrid::row(), KeyGrid::column(), logit_scale(forward, batch));
+    __syncthreads();
+    store_staged<kThreads>(staged, first_row(params.dk, params.dk_strides), params.dk_strides.seq, valid, head_dim,
+                           forward.rotary, workspace.dk_rotated ? -1 : forward.geometry.key_row(keys.begin),
+                           vectorized.dk, threadIdx.x);
+  }
+
+  static __device__ __forceinline__ void run(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                             const BackwardVectorPaths& vectorized, const TileSchedule& schedule) {
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    const KeyTileItem item = key_tile_item(schedule, blockIdx.x);
+    const int kv_heads = params.forward.shape.kv_heads;
+    const QueryTiling tiling{params.forward.geometry, 0, params.forward.shape.seqlen_k, kTileN};
+    const BackwardSm80 self{params,
+                            workspace,
+                            vectorized,
+                            ptx::shared_address(shared_memory),
+                            item.plane / kv_heads,
+                            item.plane % kv_heads,
+                            tiling.tile(item.tile)};
+    KeyGradients dk = {}, dv = {};
+    self.accumulate(dk, dv, item.tile);
+    self.store_key_gradients(dk, dv, reinterpret_cast<float*>(shared_memory));
+  }
+};
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,8 @@
+#include "cuda/backward/launch_sm80.cuh"
+
+namespace chunkattn::cuda {
+
+template const char* launch_backward_sm80<__half, 128>(const BackwardParams&, const BackwardWorkspace&,
+                                                       const BackwardVectorPaths&, const KernelPlan&, cudaStream_t);
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,104 @@
+// dQ: the sum of the regimes' float32 gradients, each rotated back to the queries that were passed in, and scaled.
+#include "cuda/backward/launchers.h"
+#include "cuda/backward/rows.cuh"
+#include "cuda/common/softmax.cuh"
+
+namespace chunkattn::cuda {
+
+namespace {
+
+// The gradient row of a query in a regime, and the table row by which it is rotated back; negative: by none.
+struct GradientRow {
+  const float* data;
+  int table_row;
+};
+
+__device__ __forceinline__ GradientRow gradient_row(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                                    int64_t plane, int query, Regime regime, int row) {
+  const ForwardParams& forward = params.forward;
+  const RegimeQueries& source = workspace.regimes[static_cast<int>(regime)];
+  const bool as_it_is = regime == Regime::kIntra && forward.q_rotated;
+  return {source.dq + (plane * source.rows + row) * forward.shape.head_dim,
+          as_it_is ? -1 : forward.geometry.query_rotation(regime, forward.first_position() + query, forward.q_rotated)};
+}
+
+__device__ __forceinline__ void add(float (&sum)[kChunk], const float (&x)[kChunk]) {
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) sum[i] += x[i];
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack_scaled(float (&x)[kChunk], float scale) {
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) x[i] *= scale;
+  return pack8<T>(x);
+}
+
+template <typename T>
+__device__ __forceinline__ void finish_unit(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                            int64_t plane, const RowOfThread& place, float scale, T* dq) {
+  const ForwardParams& forward = params.forward;
+  const RotaryUnit unit = rotary_unit(forward.rotary, place.unit);
+  if (unit.first >= forward.shape.head_dim) return;
+  const bool has_second = unit.second < forward.shape.head_dim;
+  float first[kChunk] = {}, second[kChunk] = {};
+  for_each_regime(params, workspace, place.query, [&](Regime regime, int row) {
+    const GradientRow source = gradient_row(params, workspace, plane, place.query, regime, row);
+    float a[kChunk], b[kChunk] = {};
+    load_floats(source.data + unit.first, a);
+    if (has_second) load_floats(source.data + unit.second, b);
+    if (source.table_row >= 0) rotate_unit_back(a, b, unit, forward.rotary, source.table_row);
+    add(first, a);
+    add(second, b);
+  });
+  *reinterpret_cast<uint4*>(dq + unit.first) = pack_scaled<T>(first, scale);
+  if (has_second) *reinterpret_cast<uint4*>(dq + unit.second) = pack_scaled<T>(second, scale);
+}
+
+// The same for rows of any alignment.
+template <typename T>
+__device__ __forceinline__ void finish_elements(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                                int64_t plane, const RowOfThread& place, float scale, T* dq) {
+  const ForwardParams& forward = params.forward;
+  const int begin = place.unit * 2 * kChunk;
+  for (int d = begin; d < forward.shape.head_dim && d < begin + 2 * kChunk; ++d) {
+    float sum = 0.f;
+    for_each_regime(params, workspace, place.query, [&](Regime regime, int row) {
+      const GradientRow source = gradient_row(params, workspace, plane, place.query, regime, row);
+      sum += source.table_row < 0 ? source.data[d]
+                                  : rotated_back_element(source.data, d, forward.rotary, source.table_row);
+    });
+    dq[d] = from_float<T>(sum * scale);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads)
+    finish_kernel(const __grid_constant__ BackwardParams params, const __grid_constant__ BackwardWorkspace workspace,
+                  int lanes, bool vectorized) {
+  const AttentionShape& shape = params.forward.shape;
+  const RowOfThread place = row_of_thread(shape, lanes);
+  if (!place.valid) return;
+  for (int batch = blockIdx.y; batch < shape.batch; batch += gridDim.y) {
+    const int64_t plane = static_cast<int64_t>(batch) * shape.heads + place.head;
+    const float scale = logit_scale(params.forward, batch);
+    T* dq = static_cast<T*>(params.dq) + batch * params.dq_strides.batch + place.query * params.dq_strides.seq +
+            place.head * params.dq_strides.head;
+    if (vectorized) {
+      finish_unit(params, workspace, plane, place, scale, dq);
+    } else {
+      finish_elements(params, workspace, plane, place, scale, dq);
+    }
+  }
+}
+
+}  // namespace
+
+const char* launch_finish(const BackwardParams& params, const BackwardWorkspace& workspace,
+                          const BackwardVectorPaths& vectorized, cudaStream_t stream) {
+  return params.forward.dtype == DataType::kBFloat16
+             ? launch_over_rows(&finish_kernel<__nv_bfloat16>, params, workspace, vectorized.finish, stream)
+             : launch_over_rows(&finish_kernel<__half>, params, workspace, vectorized.finish, stream);
+}
+
+}  // namespace chunkattn::cuda

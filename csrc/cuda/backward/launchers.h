@@ -1,0 +1,33 @@
+// The steps of the backward, and the launchers that the instantiation files define, one file per kernel, element type
+// and head_dim. Keys are rotated: params.forward.k_rotated is true.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/backward/plan.h"
+#include "cuda/common/vector_paths.h"
+#include "params.h"
+
+namespace chunkattn::cuda {
+
+// Each returns null, or a sentence that says what failed.
+
+// Writes delta and the rotated queries.
+const char* launch_prepare(const BackwardParams& params, const BackwardWorkspace& workspace,
+                           const BackwardVectorPaths& vectorized, cudaStream_t stream);
+
+// Writes dk and dv, and adds to the regimes' dq, which must be zero.
+template <typename T, int kHeadDim>
+const char* launch_backward_sm80(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                 const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream);
+
+// The same; needs vectorized.main_loop().
+template <typename T, int kHeadDim>
+const char* launch_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                 const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream);
+
+// Writes dq, the sum of the regimes' rotated back.
+const char* launch_finish(const BackwardParams& params, const BackwardWorkspace& workspace,
+                          const BackwardVectorPaths& vectorized, cudaStream_t stream);
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,117 @@
+#include "cuda/backward/plan.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/backward/tile_sizes.h"
+#include "kernels.h"
+
+namespace chunkattn::cuda {
+
+namespace {
+
+// Whether a thread block may take 144 KB of shared memory (CUDA C++ Programming Guide, technical specifications per
+// compute capability).
+bool has_large_shared_memory(int compute_capability) {
+  const int major = compute_capability / 10;
+  return major == 8 ? compute_capability == 80 || compute_capability == 87 : major != 12;
+}
+
+template <int kHeadDim, int kSharedKilobytes>
+KernelPlan plan_portable() {
+  using Tile = BackwardSm80Tile<kHeadDim, kSharedKilobytes>;
+  return {
+      "backward_sm80", KernelChoice::kPortable, Tile::kTileM, Tile::kTileN,
+      Tile::kWarps,    Tile::kQueryStages,      kHeadDim,     backward_sm80_shared_bytes<kHeadDim, kSharedKilobytes>()};
+}
+
+template <int kHeadDim>
+KernelPlan plan_hopper() {
+  using Tile = BackwardSm90Tile<kHeadDim>;
+  constexpr int kWarps = 12;
+  return {"backward_sm90", KernelChoice::kHopper, Tile::kTileM, Tile::kTileN,
+          kWarps,          Tile::kStages,         kHeadDim,     backward_sm90_tile_bytes<kHeadDim>()};
+}
+
+template <int kHeadDim>
+KernelPlan plan_for_head_dim(int compute_capability) {
+  return has_large_shared_memory(compute_capability) ? plan_portable<kHeadDim, 144>() : plan_portable<kHeadDim, 99>();
+}
+
+// Hands out pieces of a block of memory, or just counts them when there is none yet.
+class Carver {
+ public:
+  explicit Carver(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
+
+  template <typename Element>
+  Element* take(int64_t count, size_t element_bytes = sizeof(Element)) {
+    constexpr size_t kAlignment = 256;
+    unsigned char* piece = memory_ == nullptr ? nullptr : memory_ + used_;
+    used_ += (count * element_bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return reinterpret_cast<Element*>(piece);
+  }
+
+  size_t used() const { return used_; }
+
+ private:
+  unsigned char* memory_;
+  size_t used_ = 0;
+};
+
+}  // namespace
+
+KernelPlan plan_backward(const AttentionShape& shape, int compute_capability, bool aligned, KernelChoice choice) {
+  constexpr int kMaxHopperHeadDim = 128;
+  const bool hopper = compute_capability == 90 && aligned && shape.head_dim <= kMaxHopperHeadDim;
+  if (choice == KernelChoice::kHopper && !hopper) {
+    throw std::invalid_argument(
+        "the hopper kernel of the backward needs compute capability 9.0, head_dim of at most 128 and rows of q, k, v "
+        "and dout that start on multiples of 16 bytes");
+  }
+  if (hopper && choice != KernelChoice::kPortable) {
+    return shape.head_dim <= 64 ? plan_hopper<64>() : plan_hopper<128>();
+  }
+  if (shape.head_dim <= 64) return plan_for_head_dim<64>(compute_capability);
+  if (shape.head_dim <= 128) return plan_for_head_dim<128>(compute_capability);
+  if (shape.head_dim <= 256) return plan_for_head_dim<256>(compute_capability);
+  throw std::invalid_argument("head_dim must be at most 256, got " + std::to_string(shape.head_dim));
+}
+
+BackwardWorkspace backward_workspace(const BackwardParams& params, bool deterministic, void* memory, size_t* bytes) {
+  const ForwardParams& forward = params.forward;
+  const AttentionShape& shape = forward.shape;
+  const ChunkGeometry& geometry = forward.geometry;
+  const int64_t planes = static_cast<int64_t>(shape.batch) * shape.heads;
+  BackwardWorkspace workspace{};
+  workspace.near_rows = near_rows(geometry, forward.first_position(), kBackwardLargestTileM);
+  const int last_chunk = (shape.seqlen_k - 1) / geometry.stride();
+  const int chunks = last_chunk + 1 - workspace.near_rows.first_chunk;
+  workspace.regimes[0].rows = shape.seqlen_q;
+  workspace.regimes[1].rows = chunks * workspace.near_rows.per_chunk;
+  workspace.regimes[2].rows = last_chunk == 0 ? 0 : shape.seqlen_q;
+
+  Carver carver(memory);
+  for (RegimeQueries& regime : workspace.regimes) regime.dq = carver.take<float>(planes * regime.rows * shape.head_dim);
+  if (deterministic) {
+    const QueryTiling tiling{geometry, forward.first_position(), shape.seqlen_k, kBackwardSmallestTileM};
+    workspace.turns = carver.take<int>(planes * tiling.count());
+  }
+  const auto take_queries = [&](RegimeQueries& regime) {
+    constexpr size_t kElementBytes = 2;
+    const int64_t row = static_cast<int64_t>(shape.heads) * shape.head_dim;
+    regime.q = carver.take<void>(shape.batch * regime.rows * row, kElementBytes);
+    regime.q_strides = {regime.rows * row, row, shape.head_dim};
+  };
+  // NearRows has rows without a query behind the last one. Kernels that copy whole tiles read them.
+  take_queries(workspace.regimes[1]);
+  workspace.zeroed_bytes = carver.used();
+  workspace.delta = carver.take<float>(planes * shape.seqlen_q);
+  take_queries(workspace.regimes[2]);
+  workspace.regimes[0].q = forward.q_rotated ? forward.q : params.dq;
+  workspace.regimes[0].q_strides = forward.q_rotated ? forward.q_strides : params.dq_strides;
+  workspace.dk_rotated = forward.k_rotated;
+  *bytes = carver.used();
+  return workspace;
+}
+
+}  // namespace chunkattn::cuda

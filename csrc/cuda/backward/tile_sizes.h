@@ -1,0 +1,94 @@
+// Tile sizes of the backward kernels. Host and device read the same numbers; no CUDA types.
+#pragma once
+
+#include <cstddef>
+
+namespace chunkattn::cuda {
+
+// The head dims the kernels are compiled for; others run in the next larger one, padded inside the kernel.
+constexpr int kBackwardHeadDims[] = {64, 128, 256};
+
+// The bounds that workspaces, made before a kernel is chosen, may rely on.
+constexpr int kBackwardSmallestTileM = 32, kBackwardLargestTileM = 128;
+
+// mma.sync, for blocks that may take 144 KB of shared memory (sm_80, sm_90 and their like) and for those that may take
+// 99 KB (sm_86, sm_89, sm_120). dK and dV of a key tile stay in registers, 128 of a thread at head_dim 128 and 256, and
+// S and dP take 64 to 128 more, so that a multiprocessor holds one block. k...Rows: warps one below the other in a
+// product's result, the others side by side. Larger parts per warp use each fragment more often, and more keys in a
+// tile mean fewer additions to dQ.
+template <int kHeadDim, int kSharedKilobytes>
+struct BackwardSm80Tile;
+
+template <>
+struct BackwardSm80Tile<64, 144> {
+  static constexpr int kTileM = 128, kTileN = 128, kWarps = 8, kQueryStages = 2;
+  static constexpr int kLogitRows = 4, kKeyRows = 4, kQueryRows = 4;
+};
+
+template <>
+struct BackwardSm80Tile<128, 144> {
+  static constexpr int kTileM = 64, kTileN = 128, kWarps = 8, kQueryStages = 2;
+  static constexpr int kLogitRows = 2, kKeyRows = 4, kQueryRows = 2;
+};
+
+template <>
+struct BackwardSm80Tile<256, 144> {
+  static constexpr int kTileM = 64, kTileN = 64, kWarps = 8, kQueryStages = 1;
+  static constexpr int kLogitRows = 4, kKeyRows = 2, kQueryRows = 2;
+};
+
+template <>
+struct BackwardSm80Tile<64, 99> {
+  static constexpr int kTileM = 64, kTileN = 128, kWarps = 8, kQueryStages = 2;
+  static constexpr int kLogitRows = 2, kKeyRows = 4, kQueryRows = 2;
+};
+
+template <>
+struct BackwardSm80Tile<128, 99> {
+  static constexpr int kTileM = 64, kTileN = 64, kWarps = 8, kQueryStages = 2;
+  static constexpr int kLogitRows = 4, kKeyRows = 2, kQueryRows = 2;
+};
+
+template <>
+struct BackwardSm80Tile<256, 99> {
+  static constexpr int kTileM = 32, kTileN = 32, kWarps = 4, kQueryStages = 2;
+  static constexpr int kLogitRows = 2, kKeyRows = 1, kQueryRows = 1;
+};
+
+// wgmma: each of two consumer warpgroups owns 64 keys. Its S, dP, dK, dV and part of dQ take 224 registers of a thread.
+// There is no room for that at head_dim 256.
+template <int kHeadDim>
+struct BackwardSm90Tile;
+
+template <>
+struct BackwardSm90Tile<64> {
+  static constexpr int kTileM = 128, kTileN = 128, kStages = 3, kLogitBuffers = 1;
+  static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+};
+
+template <>
+struct BackwardSm90Tile<128> {
+  static constexpr int kTileM = 64, kTileN = 128, kStages = 3, kLogitBuffers = 2;
+  static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+};
+
+// Q, dO, K, V and dS in 16 bits, dQ in 32.
+template <int kHeadDim>
+constexpr size_t backward_sm90_tile_bytes() {
+  using Tile = BackwardSm90Tile<kHeadDim>;
+  return 2 * (2 * (Tile::kStages * Tile::kTileM + Tile::kTileN) * kHeadDim +
+              Tile::kLogitBuffers * Tile::kTileM * Tile::kTileN) +
+         4 * Tile::kTileM * kHeadDim;
+}
+
+// Q, dO, K, V, P and dS, in 16 bits.
+template <int kHeadDim, int kSharedKilobytes>
+constexpr size_t backward_sm80_shared_bytes() {
+  using Tile = BackwardSm80Tile<kHeadDim, kSharedKilobytes>;
+  constexpr size_t kBytes =
+      2 * (((Tile::kQueryStages + 1) * Tile::kTileM + 2 * Tile::kTileN) * kHeadDim + 2 * Tile::kTileM * Tile::kTileN);
+  static_assert(kBytes <= kSharedKilobytes * 1024);
+  return kBytes;
+}
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,128 @@
+// Gradients on their way to global memory.
+#pragma once
+
+#include "cuda/common/rotary.cuh"
+
+namespace chunkattn::cuda {
+
+// Adds to two neighbouring elements, `target` a multiple of 8 bytes. Nobody waits for the sum.
+__device__ __forceinline__ void add_pair(float* target, float first, float second) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};\n" ::"l"(target), "f"(first), "f"(second) : "memory");
+#else
+  atomicAdd(target, first);
+  atomicAdd(target + 1, second);
+#endif
+}
+
+// Adds a warp's accumulators (layout: softmax.cuh) to float32 rows of head_dim elements. `dq` is the tile's first row,
+// `valid` the tile's rows; the warp's part begins at `row` and `column`.
+template <int kSlabs, int kBlocks>
+__device__ __forceinline__ void add_rows(float* dq, const float (&gradients)[kSlabs][kBlocks][4], int row, int column,
+                                         int valid, int head_dim) {
+  const int lane = threadIdx.x % 32;
+  const bool whole_pairs = head_dim % 2 == 0 && column + kBlocks * 8 <= head_dim;
+  row += lane / 4;
+  column += lane % 4 * 2;
+#pragma unroll
+  for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int n = row + slab * 16 + half * 8;
+      if (n >= valid) continue;
+      float* target = dq + static_cast<int64_t>(n) * head_dim + column;
+      if (whole_pairs) {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          add_pair(target + block * 8, gradients[slab][block][2 * half], gradients[slab][block][2 * half + 1]);
+        }
+      } else {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          const int left = head_dim - column - block * 8;
+          if (left >= 1) atomicAdd(target + block * 8, gradients[slab][block][2 * half]);
+          if (left >= 2) atomicAdd(target + block * 8 + 1, gradients[slab][block][2 * half + 1]);
+        }
+      }
+    }
+  }
+}
+
+// Who adds to the same elements in a fixed order takes turns: one thread waits until as many turns as stand before its
+// own were passed on. Between that and the adds of other threads stand barriers, and __threadfence() behind the adds.
+__device__ __forceinline__ void wait_for_turn(const int* turn, int mine) {
+  int current;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(current) : "l"(turn) : "memory");
+  } while (current < mine);
+}
+
+__device__ __forceinline__ void pass_turn_on(int* turn) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(turn) : "memory");
+}
+
+// Where a block collects float32 rows, so that whoever stores them can see whole rotary pairs. The padding spreads the
+// eight rows that a warp writes at once over the banks.
+template <int kRows, int kHeadDim>
+struct StagedRows {
+  static constexpr int kPitch = kHeadDim + 8;
+  static constexpr int kBytes = kRows * kPitch * 4;
+
+  float* data;
+
+  __device__ __forceinline__ float* row(int index) const { return data + index * kPitch; }
+
+  template <int kSlabs, int kBlocks>
+  __device__ __forceinline__ void collect(const float (&gradients)[kSlabs][kBlocks][4], int first_row, int first_column,
+                                          float factor) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* target = row(first_row + slab * 16 + half * 8 + lane / 4) + first_column + lane % 4 * 2;
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          const float* pair = &gradients[slab][block][2 * half];
+          *reinterpret_cast<float2*>(target + block * 8) = {pair[0] * factor, pair[1] * factor};
+        }
+      }
+    }
+  }
+};
+
+// Writes the first `valid` staged rows by kThreads threads, `thread` counting them, rounded to T, rotated back by rows
+// `table_row` on of the table unless that is negative. `vectorized` says that output rows, and pairs where they are
+// rotated, fall on whole chunks.
+template <int kThreads, typename T, int kRows, int kHeadDim>
+__device__ __forceinline__ void store_staged(const StagedRows<kRows, kHeadDim>& staged, T* out, int64_t stride,
+                                             int valid, int head_dim, const RotaryTable& table, int table_row,
+                                             bool vectorized, int thread) {
+  constexpr int kUnits = kHeadDim / (2 * kChunk);
+  const bool rotated = table_row >= 0;
+#pragma unroll 1
+  for (int i = thread; i < valid * kUnits; i += kThreads) {
+    const int n = i / kUnits;
+    const float* source = staged.row(n);
+    T* destination = out + n * stride;
+    if (vectorized) {
+      const int begin = i % kUnits * 2 * kChunk;
+      const RotaryUnit unit = rotated ? rotary_unit(table, i % kUnits) : RotaryUnit{begin, begin + kChunk, false};
+      if (unit.first >= head_dim) continue;
+      const bool has_second = unit.second < head_dim;
+      float first[kChunk], second[kChunk];
+      load_floats(source + unit.first, first);
+      load_floats(source + (has_second ? unit.second : unit.first), second);
+      if (rotated) rotate_unit_back(first, second, unit, table, table_row + n);
+      *reinterpret_cast<uint4*>(destination + unit.first) = pack8<T>(first);
+      if (has_second) *reinterpret_cast<uint4*>(destination + unit.second) = pack8<T>(second);
+    } else {
+      const int begin = i % kUnits * 2 * kChunk;
+      for (int d = begin; d < head_dim && d < begin + 2 * kChunk; ++d) {
+        destination[d] = from_float<T>(rotated ? rotated_back_element(source, d, table, table_row + n) : source[d]);
+      }
+    }
+  }
+}
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,61 @@
+// Walks the query tiles that attend a tile of keys, from the one that holds its first key to the last.
+#pragma once
+
+#include "geometry.h"
+
+namespace chunkattn::cuda {
+
+struct AttendingTile {
+  int index;  // in the tiling
+  int begin;  // first query's position
+  int count;  // queries
+  Regime regime;
+  int row;  // of the first query in the tensors of its regime (BackwardWorkspace)
+};
+
+// QueryTiling and ChunkGeometry::tile_regime tile by tile, without their divisions.
+class QueryTileWalk {
+ public:
+  CHUNKATTN_HOST_DEVICE QueryTileWalk(const QueryTiling& tiling, const NearRows& near_rows, int key_position)
+      : tile_index_(tiling.index_of(key_position)), begin_(tiling.tile(tile_index_).begin) {
+    const int stride = tiling.geometry.stride();
+    index_ = begin_ % stride;
+    chunks_apart_ = begin_ / stride - key_position / stride;
+    near_row_ = near_rows.row(begin_);
+  }
+
+  CHUNKATTN_HOST_DEVICE bool done(const QueryTiling& tiling) const { return begin_ >= tiling.end; }
+
+  CHUNKATTN_HOST_DEVICE AttendingTile tile(const QueryTiling& tiling) const {
+    const Regime regime = tiling.geometry.tile_regime_in_chunk(chunks_apart_, index_);
+    return {tile_index_, begin_, count(tiling), regime, regime == Regime::kSucc ? near_row_ : begin_ - tiling.begin};
+  }
+
+  CHUNKATTN_HOST_DEVICE void advance(const QueryTiling& tiling, const NearRows& near_rows) {
+    const int step = count(tiling);
+    ++tile_index_;
+    begin_ += step;
+    index_ += step;
+    near_row_ += step;
+    if (index_ < tiling.geometry.stride()) return;
+    near_row_ += near_rows.per_chunk - index_;
+    index_ = 0;
+    ++chunks_apart_;
+  }
+
+ private:
+  CHUNKATTN_HOST_DEVICE int count(const QueryTiling& tiling) const {
+    const int in_chunk = tiling.geometry.stride() - index_;
+    const int in_all = tiling.end - begin_;
+    const int most = in_chunk < in_all ? in_chunk : in_all;
+    return most < tiling.size ? most : tiling.size;
+  }
+
+  int tile_index_;
+  int begin_;
+  int index_;         // of begin_ in its chunk
+  int chunks_apart_;  // of the queries and the keys
+  int near_row_;      // by NearRows, of begin_
+};
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,137 @@
+// The walk of the backward kernels over the query tiles of a key tile, and the order of the key tiles.
+#include <initializer_list>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "cuda/backward/schedule.h"
+#include "cuda/common/query_tiles.cuh"
+
+namespace {
+
+using chunkattn::BackwardParams;
+using chunkattn::ChunkGeometry;
+using chunkattn::near_rows;
+using chunkattn::NearRows;
+using chunkattn::QueryTile;
+using chunkattn::QueryTiling;
+using chunkattn::Regime;
+using chunkattn::cuda::AttendingTile;
+using chunkattn::cuda::key_tile_item;
+using chunkattn::cuda::KeyTileItem;
+using chunkattn::cuda::make_key_tile_schedule;
+using chunkattn::cuda::QueryTileWalk;
+using chunkattn::cuda::TileSchedule;
+
+struct Problem {
+  ChunkGeometry geometry;
+  QueryTiling queries;
+  QueryTiling keys;
+  NearRows rows;
+};
+
+// The pairs of two tiles have one rotation of Q, that of the tiles' regime, and a causal mask hides the others.
+void test_pairs(const Problem& problem, const AttendingTile& tile, const QueryTile& keys,
+                std::set<std::pair<int, int>>& seen) {
+  const ChunkGeometry& g = problem.geometry;
+  for (int i = tile.begin; i < tile.begin + tile.count; ++i) {
+    for (int j = keys.begin; j < keys.end; ++j) {
+      if (j > i) {
+        CHECK(tile.regime == Regime::kIntra, "query ", i, " key ", j, " is not masked");
+        continue;
+      }
+      CHECK(g.query_row(tile.regime, i) == g.query_row(g.regime(i, j), i), "s ", g.chunk_size, " w ", g.local_size,
+            " query ", i, " key ", j);
+      CHECK(seen.insert({i, j}).second, "query ", i, " key ", j, " is seen twice");
+    }
+  }
+}
+
+void test_tile(const Problem& problem, const AttendingTile& tile, int index, int key_begin) {
+  const ChunkGeometry& g = problem.geometry;
+  CHECK(tile.index == index, "key ", key_begin, " index ", tile.index, " expected ", index);
+  const QueryTile expected = problem.queries.tile(index);
+  CHECK(tile.begin == expected.begin && tile.count == expected.end - expected.begin, "s ", g.chunk_size, " w ",
+        g.local_size, " key ", key_begin, " tile ", index, " begins ", tile.begin, " and has ", tile.count);
+  CHECK(tile.regime == g.tile_regime(tile.begin, key_begin), "key ", key_begin, " query ", tile.begin);
+  const int row = tile.regime == Regime::kSucc ? problem.rows.row(tile.begin) : tile.begin - problem.queries.begin;
+  CHECK(tile.row == row, "s ", g.chunk_size, " w ", g.local_size, " key ", key_begin, " query ", tile.begin, " row ",
+        tile.row, " expected ", row);
+}
+
+// Every causal pair is met once. A query tile meets its key tiles one after the other, from the first on: that is the
+// order in which blocks take turns at its dQ.
+void test_walks(const Problem& problem) {
+  std::set<std::pair<int, int>> seen;
+  std::vector<int> turns(problem.queries.count(), 0);
+  for (int n = 0; n < problem.keys.count(); ++n) {
+    const QueryTile keys = problem.keys.tile(n);
+    QueryTileWalk walk(problem.queries, problem.rows, keys.begin);
+    int index = problem.queries.index_of(keys.begin);
+    for (; !walk.done(problem.queries); walk.advance(problem.queries, problem.rows), ++index) {
+      const AttendingTile tile = walk.tile(problem.queries);
+      test_tile(problem, tile, index, keys.begin);
+      test_pairs(problem, tile, keys, seen);
+      CHECK(turns[index]++ == n, "query tile ", index, " key tile ", n);
+    }
+    CHECK(index == problem.queries.count(), "key ", keys.begin, " stopped at ", index);
+  }
+  long pairs = 0;
+  for (int i = problem.queries.begin; i < problem.queries.end; ++i) pairs += i + 1;
+  CHECK(static_cast<long>(seen.size()) == pairs, "pairs ", seen.size(), " of ", pairs);
+}
+
+void test_small_sizes() {
+  for (int s = 2; s <= 9; ++s) {
+    for (int w = 1; w < s; ++w) {
+      const ChunkGeometry g{s, w};
+      for (int end : {1, 2, 7, 12, 23}) {
+        for (int begin : {0, end / 2, end - 1}) {
+          for (int size_m : {1, 2, 3, 8}) {
+            for (int size_n : {1, 3, 4}) {
+              test_walks({g, {g, begin, end, size_m}, {g, 0, end, size_n}, near_rows(g, begin, 8)});
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void test_kernel_sizes() {
+  const ChunkGeometry g{300, 37};
+  for (int begin : {0, 200, 700}) {
+    test_walks({g, {g, begin, 800, 64}, {g, 0, 800, 128}, near_rows(g, begin, 128)});
+    test_walks({g, {g, begin, 800, 128}, {g, 0, 800, 64}, near_rows(g, begin, 128)});
+  }
+}
+
+// Every key tile of every head once; where blocks take turns at dQ, no tile before one it waits for.
+void test_schedule(int batch, int kv_heads, int seqlen, bool in_turns) {
+  BackwardParams params{};
+  params.forward.shape = {batch, seqlen, seqlen, 4 * kv_heads, kv_heads, 128};
+  params.forward.geometry = {3072, 512};
+  const TileSchedule schedule = make_key_tile_schedule(params, 128, in_turns);
+  std::vector<int> next(batch * kv_heads, 0);
+  for (int index = 0; index < schedule.count(); ++index) {
+    const KeyTileItem item = key_tile_item(schedule, index);
+    CHECK(item.tile == next[item.plane], "index ", index, " tile ", item.tile);
+    next[item.plane] = item.tile + 1;
+    if (in_turns) CHECK(item.tile == index / (batch * kv_heads), "index ", index, " tile ", item.tile);
+  }
+  for (int tiles : next) CHECK(tiles == schedule.tiles, "tiles ", tiles);
+}
+
+}  // namespace
+
+int main() {
+  test_small_sizes();
+  test_kernel_sizes();
+  for (bool in_turns : {false, true}) {
+    test_schedule(1, 1, 100, in_turns);
+    test_schedule(1, 8, 8192, in_turns);
+    test_schedule(3, 5, 32768, in_turns);
+  }
+  return chunkattn::test::report();
+}
