@@ -3,9 +3,9 @@
     python benchmarks/gpu_session.py --wheel dist/chunkattn-*.whl --fa3 DIR --output results
 
 Stages: pytest (the GPU suite), sanitizer (compute-sanitizer over tests/gpu/sanitize_sweep.py), forward
-(benchmark_forward.py) and, when asked for, backward (benchmark_backward.py) and ncu (a profile of one shape). A stage
-that fails or runs out of time does not stop the others. Logs and result files go to the output folder, the summary
-comes last, and the exit status is 1 if a stage failed.
+(benchmark_forward.py) and, when asked for, backward (benchmark_backward.py), finetune (benchmark_finetune.py) and ncu
+(a profile of one shape). A stage that fails or runs out of time does not stop the others. Logs and result files go to
+the output folder, the summary comes last, and the exit status is 1 if a stage failed.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["pytest", "sanitizer", "forward", "backward", "ncu"]
-BENCHMARKS = ["forward", "backward"]
+STAGES = ["pytest", "sanitizer", "forward", "backward", "finetune", "ncu"]
+PASSES = ["forward", "backward"]
+BENCHMARKS = [*PASSES, "finetune"]
 DEFAULT_STAGES = ["pytest", "sanitizer", "forward"]
 TAIL_LINES = 40
 
@@ -123,7 +124,7 @@ class Session:
             # Shapes differ in time by a factor of 50: a quarter of the time is kept for the one under way.
             arguments = ["--json", self.output / f"{stage}.json", "--time-limit", f"{0.75 * seconds:.0f}"]
             arguments += shlex.split(getattr(options, f"{stage}_args"))
-            if options.fa3:
+            if options.fa3 and stage in PASSES:
                 arguments += ["--fa3", options.fa3]
             return [([python, f"benchmarks/benchmark_{stage}.py", *arguments], {})]
         tool = find_tool("ncu", "/opt/nvidia/nsight-compute/*/ncu", "/usr/local/cuda*/nsight-compute*/ncu")
@@ -217,7 +218,8 @@ def parse_arguments(argv):
     parser.add_argument("--output", default="gpu-session", help="folder for logs and result files")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=DEFAULT_STAGES)
     parser.add_argument("--budget", type=float, default=570, help="seconds for all stages together")
-    for stage, seconds in (("pytest", 180), ("sanitizer", 120), ("forward", 260), ("backward", 260), ("ncu", 100)):
+    limits = {"pytest": 180, "sanitizer": 120, "forward": 260, "backward": 260, "finetune": 200, "ncu": 100}
+    for stage, seconds in limits.items():
         parser.add_argument(f"--{stage}-limit", type=float, default=seconds, help=f"seconds, default {seconds}")
     parser.add_argument("--fa3", metavar="DIR", help="folder with FlashAttention-3: see peers.load_fa3")
     parser.add_argument("--git-tree", help="tree of the sources, with the suffix -dirty if they differ from it")
@@ -226,7 +228,7 @@ def parse_arguments(argv):
     for benchmark in BENCHMARKS:
         text = f"further arguments of benchmark_{benchmark}.py, one string"
         parser.add_argument(f"--{benchmark}-args", default="", help=text)
-    parser.add_argument("--ncu-pass", choices=BENCHMARKS, default="forward", help="default: %(default)s")
+    parser.add_argument("--ncu-pass", choices=PASSES, default="forward", help="default: %(default)s")
     parser.add_argument("--ncu-shape", default="s16k-h32-d128")
     parser.add_argument("--ncu-kernel", default="chunkattn", help="regular expression over demangled kernel names")
     return parser.parse_args(argv)

@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h100"
+CPU_RESULTS = RESULTS.parent / "cpu"
 
 
 def table_below(header: str) -> dict[str, list[str]]:
@@ -29,6 +30,13 @@ def test_demo_table():
     rows = table_below("| trained on 512 bytes")
     measured = json.loads((RESULTS / "extend_context.json").read_text())["bits_per_byte"]
     assert rows == {name: [f"{value:.3f}" for value in values] for name, values in measured.items()}
+
+
+def test_finetuning_table():
+    rows = table_below("| DCA s=384 w=64 |")
+    measured = json.loads((CPU_RESULTS / "finetune_dca.json").read_text())
+    scores = [[f"{value:.3f}" for value in measured["bits_per_byte"][when]] for when in ("before", "after")]
+    assert rows == {"before": scores[0], f"after {measured['steps']} steps at {measured['length']:,}": scores[1]}
 
 
 def test_speed_table():

@@ -202,7 +202,8 @@ def test_cuda_follows_the_current_stream(cuda):
 @pytest.mark.parametrize("k_rotated", [False, True])
 def test_cuda_graph_replays(cuda, k_rotated):
     case = Case(seqlen_q=300, chunk_size=100, local_size=37, k_rotated=k_rotated)
-    (q, k, v), options = call(cuda, torch.bfloat16, case)
+    inputs, options = call(cuda, torch.bfloat16, case)
+    q, k, v = (x.detach() for x in inputs)
     chunkattn.dca(q, k, v, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "cuda/backward/plan.h"
 #include "cuda/forward/plan.h"
 #include "kernels.h"
 #include "problem.h"
@@ -57,22 +58,59 @@ const char* forward_hopper(const Arguments& arguments, void* stream) {
   return forward_cuda("hopper", arguments, stream);
 }
 
-std::string plan_refusal(const AttentionShape& shape, int compute_capability, cuda::KernelChoice choice) {
+const char* forward_fastest(const Arguments& arguments, void* stream) {
+  return forward_cuda("auto", arguments, stream);
+}
+
+size_t backward_scratch_bytes(const Arguments& arguments) {
+  size_t bytes = 0;
+  if constexpr (kBuiltWithCuda) cuda::backward_workspace(arguments.backward, false, nullptr, &bytes);
+  return bytes;
+}
+
+const char* backward_cuda(const char* kernel, const Arguments& arguments, void* stream) {
+  if constexpr (kBuiltWithCuda) {
+    if (const char* const failure = cuda::force_kernel(kernel)) return failure;
+    size_t bytes = 0;
+    const BackwardWorkspace workspace = cuda::backward_workspace(arguments.backward, false, arguments.scratch, &bytes);
+    return cuda::dca_backward(arguments.backward, workspace, stream);
+  }
+  return kNoCuda;
+}
+
+const char* backward_portable(const Arguments& arguments, void* stream) {
+  return backward_cuda("portable", arguments, stream);
+}
+
+const char* backward_hopper(const Arguments& arguments, void* stream) {
+  return backward_cuda("hopper", arguments, stream);
+}
+
+template <typename Plan>
+std::string plan_refusal(Plan plan, const AttentionShape& shape, int compute_capability, cuda::KernelChoice choice) {
   constexpr int kAlignedElements = 8;  // 16 bytes
   try {
-    cuda::plan_forward(shape, compute_capability, shape.head_dim % kAlignedElements == 0, choice);
+    plan(shape, compute_capability, shape.head_dim % kAlignedElements == 0, choice);
   } catch (const std::invalid_argument& error) {
     return error.what();
   }
   return "";
 }
 
-std::string portable_refusal(const AttentionShape& shape, int compute_capability) {
-  return plan_refusal(shape, compute_capability, cuda::KernelChoice::kPortable);
+std::string forward_portable_refusal(const AttentionShape& shape, int compute_capability) {
+  return plan_refusal(cuda::plan_forward, shape, compute_capability, cuda::KernelChoice::kPortable);
 }
 
-std::string hopper_refusal(const AttentionShape& shape, int compute_capability) {
-  return plan_refusal(shape, compute_capability, cuda::KernelChoice::kHopper);
+std::string forward_hopper_refusal(const AttentionShape& shape, int compute_capability) {
+  return plan_refusal(cuda::plan_forward, shape, compute_capability, cuda::KernelChoice::kHopper);
+}
+
+std::string backward_portable_refusal(const AttentionShape& shape, int compute_capability) {
+  return plan_refusal(cuda::plan_backward, shape, compute_capability, cuda::KernelChoice::kPortable);
+}
+
+std::string backward_hopper_refusal(const AttentionShape& shape, int compute_capability) {
+  return plan_refusal(cuda::plan_backward, shape, compute_capability, cuda::KernelChoice::kHopper);
 }
 
 }  // namespace
@@ -101,7 +139,7 @@ const std::vector<Kernel>& all_kernels() {
        .head_dims = "up to 256",
        .prepare = {rotate_keys},
        .launch = forward_portable,
-       .refusal = portable_refusal},
+       .refusal = forward_portable_refusal},
       {.name = "dca_forward_hopper",
        .pass = Pass::kForward,
        .place = Place::kCuda,
@@ -109,7 +147,25 @@ const std::vector<Kernel>& all_kernels() {
        .head_dims = "8 to 256, multiples of 8",
        .prepare = {rotate_keys},
        .launch = forward_hopper,
-       .refusal = hopper_refusal},
+       .refusal = forward_hopper_refusal},
+      {.name = "dca_backward_portable",
+       .pass = Pass::kBackward,
+       .place = Place::kCuda,
+       .dtypes = kHalfDtypes,
+       .head_dims = "up to 256",
+       .prepare = {rotate_keys, forward_fastest},
+       .launch = backward_portable,
+       .scratch_bytes = backward_scratch_bytes,
+       .refusal = backward_portable_refusal},
+      {.name = "dca_backward_hopper",
+       .pass = Pass::kBackward,
+       .place = Place::kCuda,
+       .dtypes = kHalfDtypes,
+       .head_dims = "8 to 256, multiples of 8",
+       .prepare = {rotate_keys, forward_fastest},
+       .launch = backward_hopper,
+       .scratch_bytes = backward_scratch_bytes,
+       .refusal = backward_hopper_refusal},
       {.name = "rotate_keys",
        .pass = Pass::kRotateKeys,
        .place = Place::kCuda,

@@ -149,6 +149,17 @@ void test_tile_bounds() {
   }
 }
 
+// The Hopper backward takes every head_dim, where rows are aligned.
+void test_hopper_backward() {
+  for (int head_dim = 1; head_dim <= 256; ++head_dim) {
+    const AttentionShape shape{1, 16, 16, 1, 1, head_dim};
+    CHECK(plan_backward(shape, 90).kind == KernelChoice::kHopper, "head_dim ", head_dim);
+    CHECK(plan_backward(shape, 90, false).kind == KernelChoice::kPortable, "head_dim ", head_dim);
+    CHECK(plan_backward(shape, 90, true, KernelChoice::kPortable).kind == KernelChoice::kPortable, "head_dim ",
+          head_dim);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -160,5 +171,6 @@ int main() {
   }
   test_workspaces();
   test_tile_bounds();
+  test_hopper_backward();
   return chunkattn::test::report();
 }

@@ -19,8 +19,12 @@ sys.path.insert(0, str(EXAMPLES))
 import byte_model  # noqa: E402
 import corpus  # noqa: E402
 import extend_context  # noqa: E402
+import finetune_dca  # noqa: E402
 import train_byte_llama  # noqa: E402
-from transformers import LlamaForCausalLM  # noqa: E402
+from next_token_loss import next_token_loss  # noqa: E402
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+from chunkattn.integrations.transformers import enable_dca  # noqa: E402
 
 
 @pytest.fixture
@@ -221,3 +225,173 @@ def test_shipped_checkpoint_reads_past_its_training_length_with_dca():
         dual_chunk = byte_model.bits_per_byte(model, texts[:, -4096:]).mean()
     assert dual_chunk < 1.1 * at_trained_length
     assert plain > 2 * at_trained_length
+
+
+def finetune(checkpoint, tmp_path, *arguments):
+    """Runs a short fine-tuning and returns its report."""
+    table = tmp_path / "finetune.json"
+    quick = ["--model", str(checkpoint), "--length", "1024", "--steps", "8", "--batch", "1", "--samples", "2"]
+    files = ["--plot", str(tmp_path / "finetune.png"), "--json", str(table)]
+    finetune_dca.main([*quick, *files, "--device", "cpu", "--learning-rate", "0.01", *arguments])
+    assert (tmp_path / "finetune.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads(table.read_text())
+
+
+def test_finetuning_lowers_the_held_out_score_and_saves_the_model(site_packages, tiny_checkpoint, tmp_path, capsys):
+    source = source_lines("value", 3000)
+    (site_packages / "module.py").write_bytes(source)
+    output = tmp_path / "finetuned"
+    report = finetune(tiny_checkpoint, tmp_path, "--output", str(output))
+    assert report["model"] == tiny_checkpoint.name
+    assert report["lengths"] == [512, 1024, 2048]
+    assert report["held_out_windows"] == 2
+    assert len(report["loss_bits_per_token"]) == 8
+    before, after = (report["bits_per_byte"][when] for when in ("before", "after"))
+    assert all(new < old for old, new in zip(before, after, strict=True))
+    assert "8 steps of 1 windows" in capsys.readouterr().out
+
+    trained = byte_model.load(output, torch.float32, "cpu")
+    untrained = byte_model.load(tiny_checkpoint, torch.float32, "cpu")
+    assert report["trained_parameters"] == trained.num_parameters()
+    window = torch.frombuffer(bytearray(source[:1024]), dtype=torch.uint8).unsqueeze(0)
+    for model in (trained, untrained):
+        enable_dca(model)
+    assert byte_model.bits_per_byte(trained, window) < byte_model.bits_per_byte(untrained, window)
+
+
+def test_finetuning_of_adapters_leaves_the_weights_alone(tiny_checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    text, output = tmp_path / "text.txt", tmp_path / "adapters"
+    text.write_bytes(source_lines("value", 1000))
+    arguments = ["--text", str(text), "--lora", "4", "--gradient-checkpointing", "--dtype", "bfloat16"]
+    report = finetune(tiny_checkpoint, tmp_path, *arguments, "--output", str(output))
+    assert report["lengths"] == [512, 1024, 2048]
+    assert report["trained_parameters"] == 4 * 4 * (64 + 64)
+    assert (output / "adapter_model.safetensors").is_file()
+    base = byte_model.load(tiny_checkpoint, torch.float32, "cpu")
+    weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+    adapted = peft.PeftModel.from_pretrained(base, output)
+    adapters = [weight for name, weight in adapted.named_parameters() if "lora_B" in name]
+    assert len(adapters) == 4
+    assert all(weight.abs().max() > 0 for weight in adapters)
+    loaded = adapted.unload().state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in weights.items())
+
+
+def test_finetuning_with_a_tokenizer(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    source = source_lines("value", 2000)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([source.decode()], vocab_size=280, show_progress=False)
+    config = byte_model.byte_llama_config()
+    config.update({"vocab_size": 280, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1})
+    config.update({"num_attention_heads": 2, "num_key_value_heads": 1})
+    folder, text, output = (tmp_path / name for name in ("model", "text.txt", "output"))
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
+    text.write_bytes(source)
+    report = finetune(folder, tmp_path, "--text", str(text), "--output", str(output))
+    # A token stands for more than one byte: an untrained model needs about log2(280) bits for each.
+    assert 1 < report["bits_per_byte"]["before"][0] < 0.8 * math.log2(280)
+    assert report["loss_bits_per_token"][0] == pytest.approx(math.log2(280), rel=0.1)
+    assert report["loss_bits_per_token"][-1] < 0.9 * report["loss_bits_per_token"][0]
+    assert (output / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("tokens_per_block", [7, 64])
+def test_next_token_loss_is_that_of_all_logits(tiny_checkpoint, tokens_per_block):
+    model = byte_model.load(tiny_checkpoint, torch.float32, "cpu")
+    tokens = torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(0))
+    results = []
+    for loss in (
+        next_token_loss(model, tokens, tokens_per_block),
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss,
+    ):
+        model.zero_grad()
+        loss.backward()
+        results.append([loss, *(weight.grad for weight in model.parameters())])
+    torch.testing.assert_close(*results)
+
+
+def test_windows_are_drawn_from_all_of_every_document():
+    documents = [torch.arange(begin, begin + 12, dtype=torch.uint8) for begin in (0, 100)]
+    windows = finetune_dca.Windows(documents, 10, seed=0)
+    drawn = {tuple(windows.draw("cpu")[0].tolist()) for _ in range(64)}
+    assert drawn == {tuple(range(start, start + 11)) for start in (0, 1, 100, 101)}
+
+
+def test_held_out_windows_of_every_length_end_alike():
+    documents = [torch.arange(3000) % 251, torch.arange(2000) % 249]
+    text = finetune_dca.hold_out(documents, None, [512, 1024], 4)
+    assert text.windows.shape == (4, 1024)
+    scored = {tuple(window[-byte_model.SCORED_BYTES :].tolist()) for window in text.windows}
+    assert len(scored) == 4
+    assert len(finetune_dca.hold_out(documents, None, [512, 1024], 1000).windows) == 8 + 4
+
+
+@pytest.mark.parametrize(
+    ("trained_length", "length", "longest", "lengths"),
+    [
+        (512, 2048, 10_000, [512, 1024, 2048, 4096]),
+        (512, 3000, 5000, [512, 1024, 2048, 3000]),
+        (4096, 1024, 10_000, [1024, 2048]),
+        (64, 1024, 10_000, [512, 1024, 2048]),
+    ],
+)
+def test_finetuning_is_scored_from_the_trained_length_on(trained_length, length, longest, lengths):
+    assert finetune_dca.evaluation_lengths(trained_length, length, longest) == lengths
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "{folder}"], "--model must name a causal language model of Hugging Face, got"),
+        (["--local-size", "400"], "local_size must lie between 0 and chunk_size"),
+        (
+            ["--text", "{folder}/short.txt"],
+            "--length must be below the length of a document, got 1024: none to train on",
+        ),
+        (["--text", "{folder}/text.txt", "--length", "4000"], "got 4000: none to hold out is longer"),
+    ],
+)
+def test_finetuning_explains_what_does_not_fit_in_one_sentence(tiny_checkpoint, tmp_path, arguments, message):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    (folder / "short.txt").write_bytes(b"x" * 900)
+    (folder / "text.txt").write_bytes(b"x" * 20_000)
+    with pytest.raises(SystemExit) as failure:
+        finetune(tiny_checkpoint, tmp_path, *(argument.format(folder=folder) for argument in arguments))
+    assert message in failure.value.code
+    assert "\n" not in failure.value.code
+
+
+def test_finetuning_stops_when_it_diverges(site_packages, tiny_checkpoint, tmp_path):
+    (site_packages / "module.py").write_bytes(source_lines("value", 3000))
+    with pytest.raises(SystemExit, match=r"training diverged at step [2-8]: try a lower --learning-rate"):
+        finetune(tiny_checkpoint, tmp_path, "--learning-rate", "1e30")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length", "256"], "--length must be above 256, the tokens that are scored; got 256"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--lora", "0"], "--lora must be at least 1, got 0"),
+        (["--learning-rate", "0"], "--learning-rate must be positive, got 0.0"),
+        (["--text", "nowhere.txt"], "--text must name a file, got nowhere.txt"),
+        (["--plot", "nowhere/plot.png"], "there is no folder nowhere"),
+        (["--dtype", "float16"], "--dtype: invalid choice: 'float16'"),
+    ],
+)
+def test_finetuning_checks_options_before_it_loads(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        finetune_dca.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_finetuning_on_a_gpu_takes_no_float32(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert finetune_dca.parse_arguments([]).dtype == "bfloat16"
+    with pytest.raises(SystemExit):
+        finetune_dca.parse_arguments(["--dtype", "float32"])
+    assert "--dtype must be bfloat16 on a GPU" in capsys.readouterr().err

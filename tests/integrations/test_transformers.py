@@ -434,6 +434,16 @@ def test_gradients():
         assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(gradient.norm().item(), rel=2e-3)
 
 
+def test_gradients_after_inference_mode():
+    model = make_model().train()
+    enable_dca(model, CHUNK, LOCAL)
+    tokens = make_tokens()
+    with torch.inference_mode():
+        expected = model(tokens, labels=tokens).loss.item()
+    loss, _ = loss_and_gradients(model, tokens)
+    assert loss == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant):
     model = make_model().train()

@@ -1,529 +1,133 @@
-// The Hopper backward main loop: wgmma, TMA and warp specialisation (sm_90a).
+// The Hopper backward main loop: wgmma, TMA and warp specialisation (sm_90a). What surrounds it is in
+// backward_sm90_block.cuh.
 //
-// One thread block owns one tile of keys of one KV head, and with it dK and dV. Of its first warpgroup, one thread
-// loads K and V once and then Q and dO of the query tiles that attend the keys (QueryTileWalk), of all query heads that
-// share them; one warp reads their statistics and says what the tile is; two warps have the copy engine add dQ. The
-// other warpgroups each own 64 keys. They compute S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are already the a
-// operands of dV += P^T dO and dK += dS^T Q and stay in registers; only dS goes through shared memory, for dQ = dS K,
-// of which every warpgroup computes a part. The regime of a pair of tiles says which rotation of Q is read and which dQ
-// is added to.
+// The consumer warpgroups each own 64 keys. They compute S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are
+// already the a operands of dV += P^T dO and dK += dS^T Q and stay in registers; only dS goes through shared memory,
+// for dQ = dS K, of which every warpgroup computes a part.
 #pragma once
 
-#include "cuda/backward/schedule.h"
-#include "cuda/backward/tile_sizes.h"
-#include "cuda/common/gradients.cuh"
-#include "cuda/common/query_tiles.cuh"
-#include "cuda/common/ring.cuh"
-#include "cuda/common/softmax.cuh"
-#include "cuda/common/swizzled_tile.cuh"
-#include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/tma.cuh"
-#include "cuda/ptx/warpgroup.cuh"
-#include "cuda/ptx/wgmma.cuh"
+#include "cuda/backward/backward_sm90_block.cuh"
 
 namespace chunkattn::cuda {
 
-// What the copy engine reads and adds to.
-struct BackwardMaps {
-  CUtensorMap q[3];  // of each regime
-  CUtensorMap dout;
-  CUtensorMap k;
-  CUtensorMap v;
-  CUtensorMap dq[3];  // of each regime; what it adds to
-};
-
 template <typename T, int kHeadDim>
 struct BackwardSm90 {
-  using Sizes = BackwardSm90Tile<kHeadDim>;
-  static constexpr int kTileM = Sizes::kTileM;
-  static constexpr int kTileN = Sizes::kTileN;
-  static constexpr int kStages = Sizes::kStages;
-  static constexpr int kLogitBuffers = Sizes::kLogitBuffers;
-  static constexpr int kConsumers = 2;
-  static constexpr int kConsumerThreads = kConsumers * 128;
-  static constexpr int kThreads = kConsumerThreads + 128;
-  static_assert(kTileN == kConsumers * 64);
-  // A block starts with as many registers as fit all threads, in eights. What producers give up consumers may take.
-  static_assert(kConsumers * Sizes::kConsumerRegisters + Sizes::kProducerRegisters <= 3 * 168);
+  using Block = BackwardSm90Block<T, kHeadDim>;
+  using Logits = typename Block::Logits;
+  using Operand = typename Block::Operand;
+  using KeyGradients = typename Block::KeyGradients;
+  using QueryGradients = typename Block::QueryGradients;
+  static_assert(Block::kTileN == Block::kConsumers * 64);
 
-  // dQ of a tile is cut among the warpgroups by rows where there are enough of them, otherwise by columns.
-  static constexpr bool kCutRows = kTileM == kConsumers * 64;
-  static constexpr int kQueryColumns = kCutRows ? kHeadDim : kHeadDim / kConsumers;
   // dV += P^T dO can start before dS is known where registers hold P twice, as it is and rounded.
-  static constexpr bool kEarlyValues = kTileM == 64;
-  static_assert((kCutRows || kTileM == 64) && kQueryColumns == 64);
+  static constexpr bool kEarlyValues = Block::kTileM == 64;
 
-  using QueryShared = PanelTile<kTileM, kHeadDim>;
-  using KeyShared = PanelTile<kTileN, kHeadDim>;
-  using LogitShared = PanelTile<kTileN, kTileM>;  // keys by queries
-  using Staged = StagedRows<kTileN, kHeadDim>;
-  using Logits = float[kTileM / 8][4];       // of 64 keys by kTileM queries
-  using Operand = uint32_t[kTileM / 16][4];  // the same, rounded to T
-  using KeyGradients = float[1][kHeadDim / 8][4];
-  using QueryGradients = float[1][kQueryColumns / 8][4];
+  static constexpr int kQueryArrivals = Block::kConsumers * (4 + 1);
+  static constexpr int kDoutArrivals = Block::kConsumers * 4;
 
-  // What a query tile is. Rows without a query have a log-sum-exp of +inf, which makes P zero.
-  struct alignas(16) Statistics {
-    float lse_log2[kTileM];
-    float delta[kTileM];
-    AttendingTile tile;
-    bool masked;  // some query of the tile does not see some key
-    int plane;    // batch * heads + head; -1 behind the last tile
-  };
+  const Block& block;
 
-  struct Control {
-    uint64_t keys_full;
-    uint64_t query_full[kStages], query_empty[kStages];
-    uint64_t dout_full[kStages], dout_empty[kStages];
-    Statistics statistics[kStages];
-  };
-
-  static constexpr size_t kTileBytes = backward_sm90_tile_bytes<kHeadDim>();
-  static constexpr size_t kSharedBytes = kTileBytes + sizeof(Control);
-  static_assert(Staged::kBytes <= kTileBytes);
-
-  const BackwardParams& params;
-  const BackwardWorkspace& workspace;
-  const BackwardMaps& maps;
-  uint32_t shared;  // K, V, the stages of Q, of dO, dS, dQ
-  Control& control;
-  int batch;
-  int kv_head;
-  int key_tile;
-  QueryTile keys;
-
-  __device__ __forceinline__ KeyShared k_tile() const { return {shared}; }
-  __device__ __forceinline__ KeyShared v_tile() const { return {shared + KeyShared::kBytes}; }
-  __device__ __forceinline__ QueryShared q_tile(int stage) const {
-    return {shared + 2 * KeyShared::kBytes + stage * QueryShared::kBytes};
-  }
-  __device__ __forceinline__ QueryShared dout_tile(int stage) const { return q_tile(kStages + stage); }
-  __device__ __forceinline__ LogitShared ds_tile(int buffer) const {
-    return {q_tile(2 * kStages).base + buffer * LogitShared::kBytes};
-  }
-  // A warpgroup's part of dQ: two panels of 64 rows by 32 float32 elements, swizzled as PanelTile is.
-  static constexpr int kGradientPanelBytes = 64 * 128;
   __device__ __forceinline__ uint32_t dq_part(int warpgroup) const {
-    return ds_tile(kLogitBuffers).base + warpgroup * 2 * kGradientPanelBytes;
+    return block.ds_tile(Block::kLogitBuffers).base + warpgroup * Block::kGradientPanels * Block::kGradientPanelBytes;
   }
 
-  __device__ __forceinline__ QueryTiling tiling() const {
-    return {params.forward.geometry, params.forward.first_position(), params.forward.shape.seqlen_k, kTileM};
-  }
-  __device__ __forceinline__ int group() const { return params.forward.shape.heads / params.forward.shape.kv_heads; }
-
-  __device__ __forceinline__ void init_barriers() const {
-    ptx::mbarrier_init(&control.keys_full, 1);
-    for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(control.query_full + i,
-                         1 + 32);  // the copy and the warp of the statistics
-      ptx::mbarrier_init(control.query_empty + i, kConsumers * (4 + 1));
-      ptx::mbarrier_init(control.dout_full + i, 1);
-      ptx::mbarrier_init(control.dout_empty + i, kConsumers * 4);
-    }
-    ptx::mbarrier_init_fence();
-  }
-
-  template <typename Tile>
-  static __device__ __forceinline__ void load_tile(const Tile& tile, const CUtensorMap* map, uint64_t* full, int row,
-                                                   int head, int batch) {
-#pragma unroll
-    for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      ptx::tma_load_4d(tile.base + panel * Tile::kPanelBytes, map, full, panel * 64, row, head, batch);
-    }
-  }
-
-  // One thread.
-  __device__ __forceinline__ void load_tiles() const {
-    ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
-    load_tile(k_tile(), &maps.k, &control.keys_full, keys.begin, kv_head, batch);
-    load_tile(v_tile(), &maps.v, &control.keys_full, keys.begin, kv_head, batch);
-    const QueryTiling tiles = tiling();
-    Ring<kStages> ring;
-#pragma unroll 1
-    for (int head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
-      for (QueryTileWalk walk(tiles, workspace.near_rows, keys.begin); !walk.done(tiles);
-           walk.advance(tiles, workspace.near_rows)) {
-        const AttendingTile tile = walk.tile(tiles);
-        ring.wait_empty(control.query_empty);
-        uint64_t* full = control.query_full + ring.index;
-        ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
-        load_tile(q_tile(ring.index), maps.q + static_cast<int>(tile.regime), full, tile.row, head, batch);
-        ring.wait_empty(control.dout_empty);
-        full = control.dout_full + ring.index;
-        ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
-        load_tile(dout_tile(ring.index), &maps.dout, full, tile.begin - tiles.begin, head, batch);
-        ring.advance();
-      }
-    }
-  }
-
-  // One warp.
-  __device__ __forceinline__ void load_statistics() const {
-    const QueryTiling tiles = tiling();
-    const int lane = threadIdx.x % 32;
-    Ring<kStages> ring;
-#pragma unroll 1
-    for (int head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
-      const int plane = batch * params.forward.shape.heads + head;
-      for (QueryTileWalk walk(tiles, workspace.near_rows, keys.begin); !walk.done(tiles);
-           walk.advance(tiles, workspace.near_rows)) {
-        const AttendingTile tile = walk.tile(tiles);
-        const int64_t first = static_cast<int64_t>(plane) * params.forward.shape.seqlen_q + (tile.begin - tiles.begin);
-        ring.wait_empty(control.query_empty);
-        Statistics& statistics = control.statistics[ring.index];
-#pragma unroll
-        for (int row = lane; row < kTileM; row += 32) {
-          const bool valid = row < tile.count;
-          statistics.lse_log2[row] = valid ? params.forward.softmax_lse[first + row] * kLog2E : INFINITY;
-          statistics.delta[row] = valid ? workspace.delta[first + row] : 0.f;
-        }
-        if (lane == 0) {
-          statistics.tile = tile;
-          statistics.masked =
-              (tile.regime == Regime::kIntra && keys.end - 1 > tile.begin) || keys.end - keys.begin < kTileN;
-          statistics.plane = plane;
-        }
-        ptx::mbarrier_arrive(control.query_full + ring.index);
-        ring.advance();
-      }
-    }
-    ring.wait_empty(control.query_empty);
-    if (lane == 0) {
-      control.statistics[ring.index].plane = -1;
-      ptx::mbarrier_arrive(control.query_full + ring.index);  // for the copy, which has no more to bring
-    }
-    ptx::mbarrier_arrive(control.query_full + ring.index);
-  }
-
-  // Starts 64 rows of keys times queries^T, along the head dimension.
-  static __device__ __forceinline__ void start_logits(Logits& logits, const KeyShared& keys, const QueryShared& queries,
-                                                      int warpgroup) {
-    const uint64_t a = ptx::descriptor_k_major(keys.base + warpgroup * 64 * 128);
-    const uint64_t b = ptx::descriptor_k_major(queries.base);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      const int panel = step / 4, inside = step % 4 * 32;
-      ptx::Wgmma<T, kTileM>::ss(logits, a + (panel * KeyShared::kPanelBytes + inside) / 16,
-                                b + (panel * QueryShared::kPanelBytes + inside) / 16, step > 0);
-    }
-    ptx::wgmma_commit();
-  }
-
-  // Starts gradients += operand * rows, along the queries.
-  static __device__ __forceinline__ void start_key_gradients(KeyGradients& gradients, const Operand& operand,
-                                                             const QueryShared& rows) {
-    const uint64_t b = ptx::descriptor_n_major(rows.base, QueryShared::kPanelBytes);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) {
-      ptx::Wgmma<T, kHeadDim>::rs(gradients[0], operand[step], b + step * 16 * 128 / 16);
-    }
-    ptx::wgmma_commit();
-  }
-
-  // Starts this warpgroup's part of dS K, along the keys.
-  static __device__ __forceinline__ void start_query_gradients(QueryGradients& dq, const LogitShared& ds,
-                                                               const KeyShared& k, int warpgroup) {
-    const uint64_t a = ptx::descriptor_n_major(ds.base + (kCutRows ? warpgroup * LogitShared::kPanelBytes : 0),
-                                               LogitShared::kPanelBytes);
-    const uint64_t b = ptx::descriptor_n_major(
-        k.base + (kCutRows ? 0 : warpgroup * (kQueryColumns / 64) * KeyShared::kPanelBytes), KeyShared::kPanelBytes);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kTileN / 16; ++step) {
-      constexpr int kStep = 16 * 128 / 16;
-      ptx::Wgmma<T, kQueryColumns>::template ss<true>(dq[0], a + step * kStep, b + step * kStep, step > 0);
-    }
-    ptx::wgmma_commit();
-  }
-
-  static __device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
-  }
-
-  // Behind a partial tile the copy engine brought keys of the next chunk. Their P is zero, but they must be finite too.
-  __device__ __forceinline__ void clear_missing_keys(int thread) const {
-    const int valid = keys.end - keys.begin;
-    if (valid == kTileN) return;
-    for (int i = thread; i < (kTileN - valid) * KeyShared::kChunksPerRow; i += kConsumerThreads) {
-      const int row = valid + i / KeyShared::kChunksPerRow, chunk = i % KeyShared::kChunksPerRow;
-      store_shared(k_tile().address(row, chunk), uint4{0, 0, 0, 0});
-      store_shared(v_tile().address(row, chunk), uint4{0, 0, 0, 0});
-    }
-    ptx::fence_async_proxy();
-    sync_consumers();
-  }
-
-  static constexpr int kConsumerBarrier = 1;
-  // Barriers of one of the warpgroups: + warpgroup.
-  static constexpr int kPartFullBarrier = 2;  // its part of dQ is in shared memory
-  static constexpr int kPartFreeBarrier = 8;  // and may be written again
-  static constexpr int kPartThreads = 128 + 32;
-  static __device__ __forceinline__ void sync_consumers() {
-    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
-  }
-
-  // Hides keys from queries where the tiles are not wholly visible to each other. A thread's rows are keys here.
-  __device__ __forceinline__ void hide_keys(Logits& logits, const AttendingTile& tile, int key_row) const {
-    const int lane = threadIdx.x % 32;
-    const bool causal = tile.regime == Regime::kIntra;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int position = keys.begin + key_row + half * 8 + lane / 4;
-      // The first query of the tile that sees the key.
-      const int first = position >= keys.end ? kTileM : causal ? position - tile.begin : 0;
-      const int begin = first - lane % 4 * 2;
-#pragma unroll
-      for (int block = 0; block < kTileM / 8; ++block) {
-        if (block * 8 < begin) logits[block][2 * half] = -INFINITY;
-        if (block * 8 + 1 < begin) logits[block][2 * half + 1] = -INFINITY;
-      }
-    }
-  }
-
-  // Of this thread's queries, which are neighbours in pairs.
-  using PerQuery = float2[kTileM / 8];
-  static __device__ __forceinline__ void load_per_query(PerQuery& x, const float (&values)[kTileM]) {
-#pragma unroll
-    for (int block = 0; block < kTileM / 8; ++block) {
-      x[block] = *reinterpret_cast<const float2*>(values + block * 8 + threadIdx.x % 4 * 2);
-    }
-  }
-
-  // S becomes P.
-  static __device__ __forceinline__ void exponentiate(Logits& logits, const PerQuery& lse_log2, float scale_log2) {
-#pragma unroll
-    for (int block = 0; block < kTileM / 8; ++block) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        logits[block][i] =
-            exp2_approx(logits[block][i] * scale_log2 - (i % 2 == 0 ? lse_log2[block].x : lse_log2[block].y));
-      }
-    }
-  }
-
-  static __device__ __forceinline__ void round(Operand& operand, const Logits& x) {
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) pack_operand<T>(operand[step], x, step);
-  }
-
-  // dP becomes dS = P (dP - delta), without the logits' scale, rounded to T.
-  static __device__ __forceinline__ void differentiate(Operand& operand, const Logits& p, Logits& ds,
-                                                       const PerQuery& delta) {
-#pragma unroll
-    for (int block = 0; block < kTileM / 8; ++block) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ds[block][i] = p[block][i] * (ds[block][i] - (i % 2 == 0 ? delta[block].x : delta[block].y));
-      }
-    }
-    round(operand, ds);
-  }
-
-  static __device__ __forceinline__ void store_ds(const LogitShared& shared, const Operand& ds, int key_row) {
-    const int lane = threadIdx.x % 32;
-    const int row = key_row + lane / 8 % 2 * 8 + lane % 8;
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) {
-      ptx::stmatrix_x4(shared.address(row, 2 * step + lane / 16), ds[step]);
-    }
-  }
-
-  // Writes this warpgroup's part of dQ to shared memory, for the warp that has it added. Rows behind the tile's queries
-  // are zero.
-  __device__ __forceinline__ void store_query_gradients(const QueryGradients& dq, int warpgroup) const {
-    const int lane = threadIdx.x % 32;
-    const uint32_t part = dq_part(warpgroup);
-    ptx::named_barrier_sync(kPartFreeBarrier + warpgroup, kPartThreads);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = threadIdx.x / 32 % 4 * 16 + half * 8 + lane / 4;
-#pragma unroll
-      for (int block = 0; block < kQueryColumns / 8; ++block) {
-        const int chunk = block % 4 * 2 + lane % 4 / 2;
-        store_shared(part + block / 4 * kGradientPanelBytes + row * 128 + (chunk ^ (row % 8)) * 16 + lane % 2 * 8,
-                     dq[0][block][2 * half], dq[0][block][2 * half + 1]);
-      }
-    }
-    ptx::fence_async_proxy();
-    ptx::named_barrier_arrive(kPartFullBarrier + warpgroup, kPartThreads);
-  }
-
-  // One warp for each warpgroup: has the copy engine add the warpgroup's part of dQ, tile after tile.
   __device__ __forceinline__ void add_query_gradients(int warpgroup) const {
-    const int query_tiles = workspace.turns == nullptr ? 0 : tiling().count();
-    const uint32_t part = dq_part(warpgroup);
-    Ring<kStages> ring;
-    while (true) {
-      ptx::named_barrier_arrive(kPartFreeBarrier + warpgroup, kPartThreads);
-      ring.wait_full(control.query_full);
-      const Statistics& statistics = control.statistics[ring.index];
-      if (statistics.plane < 0) return;
-      ptx::named_barrier_sync(kPartFullBarrier + warpgroup, kPartThreads);
-      if (threadIdx.x % 32 == 0) {
-        const AttendingTile& tile = statistics.tile;
-        const CUtensorMap* map = maps.dq + static_cast<int>(tile.regime);
-        const int row = tile.row + (kCutRows ? warpgroup * 64 : 0);
-        const int column = kCutRows ? 0 : warpgroup * kQueryColumns;
-        int* turn = workspace.turns == nullptr
-                        ? nullptr
-                        : workspace.turns + static_cast<int64_t>(statistics.plane) * query_tiles + tile.index;
-        if (turn != nullptr) {
-          wait_for_turn(turn, kConsumers * key_tile);  // each warpgroup of the tiles before passes one on
-          ptx::fence_async_proxy_all();
-        }
-        ptx::tma_add_3d(map, part, column, row, statistics.plane);
-        ptx::tma_add_3d(map, part + kGradientPanelBytes, column + 32, row, statistics.plane);
-        ptx::bulk_commit();
-        if (turn == nullptr) {
-          ptx::bulk_wait_read();
-        } else {
-          ptx::bulk_wait();
-          ptx::fence_async_proxy_all();
-          __threadfence();
-          pass_turn_on(turn);
-        }
-      }
-      arrive_warp(control.query_empty + ring.index);
-      ring.advance();
-    }
+    block.add_query_gradients(warpgroup, block.control.query_empty, [&](int) { return dq_part(warpgroup); });
   }
 
   __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int warpgroup) const {
-    const int query_tiles = workspace.turns == nullptr ? 0 : tiling().count();
-    const float scale_log2 = logit_scale(params.forward, batch) * kLog2E;
+    auto& control = block.control;
+    const float scale_log2 = logit_scale(block.params.forward, block.batch) * kLog2E;
     const int key_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
-    Ring<kStages> ring;
+    Ring<Block::kStages> ring;
     int buffer = 0;
     ptx::mbarrier_wait(&control.keys_full, 0);
-    clear_missing_keys(threadIdx.x - (kThreads - kConsumerThreads));
+    block.clear_missing_keys(threadIdx.x - (Block::kThreads - Block::kConsumerThreads));
     ring.wait_full(control.query_full);
     Logits p;
     if constexpr (!kEarlyValues) {
-      start_logits(p, k_tile(), q_tile(ring.index), warpgroup);
+      Block::start_logits(p, block.k_tile(), block.q_tile(ring.index), warpgroup);
       ptx::wgmma_wait<0>();
       ptx::pin(p);
     }
 #pragma unroll 1
     for (bool more = true; more;) {
-      const Statistics& statistics = control.statistics[ring.index];
+      const typename Block::Statistics& statistics = control.statistics[ring.index];
       const bool masked = statistics.masked;
       Logits ds;
-      if constexpr (kEarlyValues) start_logits(p, k_tile(), q_tile(ring.index), warpgroup);
+      if constexpr (kEarlyValues) Block::start_logits(p, block.k_tile(), block.q_tile(ring.index), warpgroup);
       ring.wait_full(control.dout_full);
-      start_logits(ds, v_tile(), dout_tile(ring.index), warpgroup);
-      PerQuery lse_log2, delta;
-      load_per_query(lse_log2, statistics.lse_log2);
+      Block::start_logits(ds, block.v_tile(), block.dout_tile(ring.index), warpgroup);
+      typename Block::PerQuery lse_log2, delta;
+      Block::load_per_query(lse_log2, statistics.lse_log2);
       if constexpr (kEarlyValues) {
         ptx::wgmma_wait<1>();
         ptx::pin(p);
       }
-      if (masked) hide_keys(p, statistics.tile, key_row);
-      exponentiate(p, lse_log2, scale_log2);
+      if (masked) block.hide_keys(p, statistics.tile, key_row);
+      Block::exponentiate(p, lse_log2, scale_log2);
       Operand p_operand, ds_operand;
       if constexpr (kEarlyValues) {
-        round(p_operand, p);
-        start_key_gradients(dv, p_operand, dout_tile(ring.index));
+        Block::round(p_operand, p);
+        Block::start_key_gradients(dv, p_operand, block.dout_tile(ring.index));
       } else {
         ptx::pin(p);
       }
       // ptxas moves a wait up over arithmetic that does not need it, but not over the branches of a wait for a barrier.
-      Ring<kStages> next = ring;
+      Ring<Block::kStages> next = ring;
       next.advance();
       next.wait_full(control.query_full);
       more = control.statistics[next.index].plane >= 0;
-      if constexpr (kEarlyValues) load_per_query(delta, statistics.delta);
       ptx::wgmma_wait<kEarlyValues ? 1 : 0>();
       ptx::pin(ds);
-      if constexpr (!kEarlyValues) round(p_operand, p);
-      if constexpr (!kEarlyValues) load_per_query(delta, statistics.delta);
-      differentiate(ds_operand, p, ds, delta);
-      if constexpr (!kEarlyValues) start_key_gradients(dv, p_operand, dout_tile(ring.index));
+      if constexpr (!kEarlyValues) Block::round(p_operand, p);
+      Block::load_per_query(delta, statistics.delta);
+      Block::differentiate(ds_operand, p, ds, delta);
+      if constexpr (!kEarlyValues) Block::start_key_gradients(dv, p_operand, block.dout_tile(ring.index));
       // Of two buffers of dS this one was read two tiles ago: everybody has passed the barrier below since.
-      if (kLogitBuffers == 1) sync_consumers();
-      store_ds(ds_tile(buffer), ds_operand, key_row);
+      if (Block::kLogitBuffers == 1) Block::sync_consumers();
+      Block::store_ds(block.ds_tile(buffer), ds_operand, key_row);
       ptx::fence_async_proxy();
-      sync_consumers();
+      Block::sync_consumers();
       QueryGradients dq;
-      start_query_gradients(dq, ds_tile(buffer), k_tile(), warpgroup);
-      if (kLogitBuffers == 2) buffer ^= 1;
-      start_key_gradients(dk, ds_operand, q_tile(ring.index));
+      Block::start_query_gradients(dq, block.ds_tile(buffer), block.k_tile(), warpgroup);
+      if (Block::kLogitBuffers == 2) buffer ^= 1;
+      Block::start_key_gradients(dk, ds_operand, block.q_tile(ring.index));
+      ptx::mbarrier_arrive(control.statistics_empty + ring.index);
       ptx::wgmma_wait<2>();
       ptx::pin(dv[0]);
-      arrive_warp(control.dout_empty + ring.index);
+      Block::arrive_warp(control.dout_empty + ring.index);
       ptx::wgmma_wait<1>();
       ptx::pin(dq[0]);
-      store_query_gradients(dq, warpgroup);
+      Block::wait_part_free(warpgroup);
+      Block::template store_panels<0, Block::kGradientPanels>(dq, dq_part(warpgroup));
+      Block::pass_part_on(warpgroup);
       // Behind the last tile the next S is of no use and does no harm.
-      if constexpr (!kEarlyValues) start_logits(p, k_tile(), q_tile(next.index), warpgroup);
+      if constexpr (!kEarlyValues) Block::start_logits(p, block.k_tile(), block.q_tile(next.index), warpgroup);
       ptx::wgmma_wait<0>();
       ptx::pin(dk[0]);
       if constexpr (!kEarlyValues) ptx::pin(p);
-      arrive_warp(control.query_empty + ring.index);
+      Block::arrive_warp(control.query_empty + ring.index);
       ring = next;
     }
-    ptx::named_barrier_sync(kPartFreeBarrier + warpgroup, kPartThreads);
+    Block::wait_part_free(warpgroup);
   }
 
-  // Scales dK, rotates it back to the keys that were passed in, and writes it beside dV.
-  __device__ __forceinline__ void store_key_gradients(const KeyGradients& dk, const KeyGradients& dv, float* staging,
-                                                      const BackwardVectorPaths& vectorized, int warpgroup) const {
-    const ForwardParams& forward = params.forward;
-    const Staged staged{staging};
-    const int valid = keys.end - keys.begin;
-    const int head_dim = forward.shape.head_dim;
-    const int thread = threadIdx.x - (kThreads - kConsumerThreads);
+  __device__ __forceinline__ void consume(int warpgroup, float* staging, const BackwardVectorPaths& vectorized) const {
+    KeyGradients dk = {}, dv = {};
+    accumulate(dk, dv, warpgroup);
+    const typename Block::Staged staged{staging};
+    static_assert(Block::Staged::kBytes <= Block::kTileBytes);
+    const int thread = threadIdx.x - (Block::kThreads - Block::kConsumerThreads);
     const int key_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
-    const auto first_row = [&](void* tensor, const Strides& strides) {
-      return static_cast<T*>(tensor) + batch * strides.batch + keys.begin * strides.seq + kv_head * strides.head;
-    };
-    sync_consumers();  // everybody has finished with the tiles
+    Block::sync_consumers();  // everybody has finished with the tiles
     staged.collect(dv, key_row, 0, 1.f);
-    sync_consumers();
-    store_staged<kConsumerThreads>(staged, first_row(params.dv, params.dv_strides), params.dv_strides.seq, valid,
-                                   head_dim, forward.rotary, -1, vectorized.dv, thread);
-    sync_consumers();
-    staged.collect(dk, key_row, 0, logit_scale(forward, batch));
-    sync_consumers();
-    store_staged<kConsumerThreads>(
-        staged, first_row(params.dk, params.dk_strides), params.dk_strides.seq, valid, head_dim, forward.rotary,
-        workspace.dk_rotated ? -1 : forward.geometry.key_row(keys.begin), vectorized.dk, thread);
-  }
-
-  static __device__ __forceinline__ void run(const BackwardParams& params, const BackwardWorkspace& workspace,
-                                             const BackwardVectorPaths& vectorized, const TileSchedule& schedule,
-                                             const BackwardMaps& maps) {
-    extern __shared__ __align__(1024) unsigned char shared_memory[];
-    const KeyTileItem item = key_tile_item(schedule, blockIdx.x);
-    const int kv_heads = params.forward.shape.kv_heads;
-    const QueryTiling tiling{params.forward.geometry, 0, params.forward.shape.seqlen_k, kTileN};
-    const BackwardSm90 self{params,
-                            workspace,
-                            maps,
-                            ptx::shared_address(shared_memory),
-                            *reinterpret_cast<Control*>(shared_memory + kTileBytes),
-                            item.plane / kv_heads,
-                            item.plane % kv_heads,
-                            item.tile,
-                            tiling.tile(item.tile)};
-    // The shuffle tells ptxas that the index is uniform, and so are the descriptors made of it.
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-    if (threadIdx.x == 0) self.init_barriers();
-    __syncthreads();
-    if (warpgroup == 0) {
-      ptx::registers_decrease<Sizes::kProducerRegisters>();
-      if (threadIdx.x == 0) self.load_tiles();
-      if (threadIdx.x / 32 == 1) self.load_statistics();
-      if (threadIdx.x / 32 >= 2) self.add_query_gradients(threadIdx.x / 32 - 2);
-    } else {
-      ptx::registers_increase<Sizes::kConsumerRegisters>();
-      KeyGradients dk = {}, dv = {};
-      self.accumulate(dk, dv, warpgroup - 1);
-      self.store_key_gradients(dk, dv, reinterpret_cast<float*>(shared_memory), vectorized, warpgroup - 1);
-    }
+    Block::sync_consumers();
+    block.template store_values<Block::kConsumerThreads>(staged, vectorized.dv, thread);
+    Block::sync_consumers();
+    staged.collect(dk, key_row, 0, logit_scale(block.params.forward, block.batch));
+    Block::sync_consumers();
+    block.template store_keys<Block::kConsumerThreads>(staged, vectorized.dk, thread);
   }
 };
 

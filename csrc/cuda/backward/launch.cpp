@@ -13,10 +13,8 @@ namespace {
 template <typename T, int kHeadDim>
 const char* launch_main_loop(const BackwardParams& params, const BackwardWorkspace& workspace,
                              const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
-  if constexpr (kHeadDim <= 128) {
-    if (plan.kind == KernelChoice::kHopper) {
-      return launch_backward_sm90<T, kHeadDim>(params, workspace, vectorized, plan, stream);
-    }
+  if (plan.kind == KernelChoice::kHopper) {
+    return launch_backward_sm90<T, kHeadDim>(params, workspace, vectorized, plan, stream);
   }
   return launch_backward_sm80<T, kHeadDim>(params, workspace, vectorized, plan, stream);
 }

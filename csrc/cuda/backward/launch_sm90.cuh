@@ -3,20 +3,27 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "cuda/backward/backward_sm90.cuh"
+#include "cuda/backward/backward_sm90_wide.cuh"
 #include "cuda/backward/launchers.h"
 #include "cuda/common/tensor_map.h"
 
 namespace chunkattn::cuda {
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(BackwardSm90<T, kHeadDim>::kThreads, 1)
+using BackwardSm90Kernel =
+    std::conditional_t<kHeadDim <= 128, BackwardSm90<T, kHeadDim>, BackwardSm90Wide<T, kHeadDim>>;
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(BackwardSm90Block<T, kHeadDim>::kThreads, 1)
     dca_backward_sm90(const __grid_constant__ BackwardParams params,
                       const __grid_constant__ BackwardWorkspace workspace,
                       const __grid_constant__ BackwardVectorPaths vectorized,
                       const __grid_constant__ TileSchedule schedule, const __grid_constant__ BackwardMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  BackwardSm90<T, kHeadDim>::run(params, workspace, vectorized, schedule, maps);
+  run_backward_sm90<BackwardSm90Kernel<T, kHeadDim>>(params, workspace, vectorized, schedule, maps);
 #endif
 }
 
@@ -49,17 +56,17 @@ inline const char* encode_maps(BackwardMaps* maps, const BackwardParams& params,
 template <typename T, int kHeadDim>
 const char* launch_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
-  using Kernel = BackwardSm90<T, kHeadDim>;
+  using Block = BackwardSm90Block<T, kHeadDim>;
   BackwardMaps maps;
   const char* failure = encode_maps(&maps, params, workspace, plan);
   if (failure != nullptr) return failure;
   const auto kernel = &dca_backward_sm90<T, kHeadDim>;
   const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(Kernel::kSharedBytes));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(Block::kSharedBytes));
   if (status != cudaSuccess) return cudaGetErrorString(status);
   const TileSchedule schedule = make_key_tile_schedule(params, plan.tile_n, workspace.turns != nullptr);
   if (schedule.count() > INT32_MAX) return "k has too many key tiles for one launch";
-  kernel<<<static_cast<unsigned>(schedule.count()), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(
+  kernel<<<static_cast<unsigned>(schedule.count()), Block::kThreads, Block::kSharedBytes, stream>>>(
       params, workspace, vectorized, schedule, maps);
   const cudaError_t launched = cudaGetLastError();
   return launched == cudaSuccess ? nullptr : cudaGetErrorString(launched);

@@ -34,7 +34,8 @@ KernelPlan plan_hopper() {
 }
 
 template <int kHeadDim>
-KernelPlan plan_for_head_dim(int compute_capability) {
+KernelPlan plan_for_head_dim(int compute_capability, bool hopper) {
+  if (hopper) return plan_hopper<kHeadDim>();
   return has_large_shared_memory(compute_capability) ? plan_portable<kHeadDim, 144>() : plan_portable<kHeadDim, 99>();
 }
 
@@ -61,19 +62,16 @@ class Carver {
 }  // namespace
 
 KernelPlan plan_backward(const AttentionShape& shape, int compute_capability, bool aligned, KernelChoice choice) {
-  constexpr int kMaxHopperHeadDim = 128;
-  const bool hopper = compute_capability == 90 && aligned && shape.head_dim <= kMaxHopperHeadDim;
+  const bool hopper = compute_capability == 90 && aligned;
   if (choice == KernelChoice::kHopper && !hopper) {
     throw std::invalid_argument(
-        "the hopper kernel of the backward needs compute capability 9.0, head_dim of at most 128 and rows of q, k, v "
-        "and dout that start on multiples of 16 bytes");
+        "the hopper kernel of the backward needs compute capability 9.0 and rows of q, k, v and dout that start on "
+        "multiples of 16 bytes");
   }
-  if (hopper && choice != KernelChoice::kPortable) {
-    return shape.head_dim <= 64 ? plan_hopper<64>() : plan_hopper<128>();
-  }
-  if (shape.head_dim <= 64) return plan_for_head_dim<64>(compute_capability);
-  if (shape.head_dim <= 128) return plan_for_head_dim<128>(compute_capability);
-  if (shape.head_dim <= 256) return plan_for_head_dim<256>(compute_capability);
+  const bool takes_hopper = hopper && choice != KernelChoice::kPortable;
+  if (shape.head_dim <= 64) return plan_for_head_dim<64>(compute_capability, takes_hopper);
+  if (shape.head_dim <= 128) return plan_for_head_dim<128>(compute_capability, takes_hopper);
+  if (shape.head_dim <= 256) return plan_for_head_dim<256>(compute_capability, takes_hopper);
   throw std::invalid_argument("head_dim must be at most 256, got " + std::to_string(shape.head_dim));
 }
 

@@ -55,30 +55,37 @@ struct BackwardSm80Tile<256, 99> {
   static constexpr int kLogitRows = 2, kKeyRows = 1, kQueryRows = 1;
 };
 
-// wgmma: each of two consumer warpgroups owns 64 keys. Its S, dP, dK, dV and part of dQ take 224 registers of a thread.
-// There is no room for that at head_dim 256.
+// wgmma: up to head_dim 128 each of two consumer warpgroups owns 64 keys. Its S, dP, dK, dV and part of dQ take 224
+// registers of a thread. At head_dim 256 the two share 64 keys: dV, S and part of dQ, or dK, dP and part of dQ, take as
+// many. There dQ lies in the memory of the queries it belongs to, elsewhere it has kGradientRows rows of its own.
 template <int kHeadDim>
 struct BackwardSm90Tile;
 
 template <>
 struct BackwardSm90Tile<64> {
-  static constexpr int kTileM = 128, kTileN = 128, kStages = 3, kLogitBuffers = 1;
+  static constexpr int kTileM = 128, kTileN = 128, kStages = 3, kLogitBuffers = 1, kGradientRows = 128;
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 };
 
 template <>
 struct BackwardSm90Tile<128> {
-  static constexpr int kTileM = 64, kTileN = 128, kStages = 3, kLogitBuffers = 2;
+  static constexpr int kTileM = 64, kTileN = 128, kStages = 3, kLogitBuffers = 2, kGradientRows = 64;
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 };
 
-// Q, dO, K, V and dS in 16 bits, dQ in 32.
+template <>
+struct BackwardSm90Tile<256> {
+  static constexpr int kTileM = 64, kTileN = 64, kStages = 2, kLogitBuffers = 2, kGradientRows = 0;
+  static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+};
+
+// Q, dO, K, V and what stands between logits and gradients in 16 bits, dQ in 32.
 template <int kHeadDim>
 constexpr size_t backward_sm90_tile_bytes() {
   using Tile = BackwardSm90Tile<kHeadDim>;
   return 2 * (2 * (Tile::kStages * Tile::kTileM + Tile::kTileN) * kHeadDim +
               Tile::kLogitBuffers * Tile::kTileM * Tile::kTileN) +
-         4 * Tile::kTileM * kHeadDim;
+         4 * Tile::kGradientRows * kHeadDim;
 }
 
 // Q, dO, K, V, P and dS, in 16 bits.

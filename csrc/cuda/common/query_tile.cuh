@@ -84,11 +84,11 @@ __device__ __forceinline__ void load_queries(const Tile& shared, const ForwardPa
   }
 }
 
-// Writes a warp's normalised output rows, first into its own rows of `staging`, so that global stores are whole chunks.
-// `first_row` is the warp's first row in the tile, `valid` the rows of the tile, `out` the tile's first row.
+// Writes a warp's normalised output rows into its own rows of `staging`. `first_row` is the warp's first row in the
+// tile.
 template <typename T, int kSlabs, int kBlocks, typename Tile>
-__device__ __forceinline__ void store_output(const Tile& staging, const float (&output)[kSlabs][kBlocks][4], T* out,
-                                             int64_t stride, int first_row, int valid, int head_dim, bool vectorized) {
+__device__ __forceinline__ void stage_output(const Tile& staging, const float (&output)[kSlabs][kBlocks][4],
+                                             int first_row) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
@@ -102,9 +102,16 @@ __device__ __forceinline__ void store_output(const Tile& staging, const float (&
       }
     }
   }
+}
+
+// Writes kRows staged rows of a warp to global memory, in whole chunks. `valid` says how many rows the tile has, `out`
+// is its first row.
+template <int kRows, typename T, typename Tile>
+__device__ __forceinline__ void store_staged_output(const Tile& staging, T* out, int64_t stride, int first_row,
+                                                    int valid, int head_dim, bool vectorized) {
   __syncwarp();
 #pragma unroll 4
-  for (int i = lane; i < kSlabs * 16 * Tile::kChunksPerRow; i += 32) {
+  for (int i = threadIdx.x % 32; i < kRows * Tile::kChunksPerRow; i += 32) {
     const int row = first_row + i / Tile::kChunksPerRow;
     const int begin = i % Tile::kChunksPerRow * kChunk;
     if (row >= valid || begin >= head_dim) continue;
@@ -121,6 +128,13 @@ __device__ __forceinline__ void store_output(const Tile& staging, const float (&
       }
     }
   }
+}
+
+template <typename T, int kSlabs, int kBlocks, typename Tile>
+__device__ __forceinline__ void store_output(const Tile& staging, const float (&output)[kSlabs][kBlocks][4], T* out,
+                                             int64_t stride, int first_row, int valid, int head_dim, bool vectorized) {
+  stage_output<T>(staging, output, first_row);
+  store_staged_output<kSlabs * 16>(staging, out, stride, first_row, valid, head_dim, vectorized);
 }
 
 // Writes a warp's log-sum-exp values; `lse_row` is the tile's first element.

@@ -86,7 +86,7 @@ struct ForwardSm90 {
     }
     for (int i = 0; i < kWorkStages; ++i) {
       ptx::mbarrier_init(control.work_full + i, 1);
-      ptx::mbarrier_init(control.work_empty + i, kConsumerWarps + kQueryThreads / 32);
+      ptx::mbarrier_init(control.work_empty + i, kConsumers * 128 + kQueryThreads);  // every thread has read it
     }
     ptx::mbarrier_init_fence();
   }
@@ -177,7 +177,7 @@ struct ForwardSm90 {
         ptx::mbarrier_arrive(control.query_full + slot.index);
         slot.advance();
       }
-      arrive_warp(control.work_empty + ring.index);
+      ptx::mbarrier_arrive(control.work_empty + ring.index);
       ring.advance();
     }
   }
@@ -223,12 +223,55 @@ struct ForwardSm90 {
     ptx::named_barrier_arrive(kTurnBarrier + (warpgroup + 1 == kConsumers ? 0 : warpgroup + 1), 256);
   }
 
-  struct ConsumerRings {
+  struct ConsumerState {
     Ring<kQueryStages> queries;
     Ring<kStages> keys, values;
+    int storing = -1;  // the Q slot from which the copy engine may still be reading output; known to one thread
   };
 
-  __device__ __forceinline__ void attend(const TileWork& work, int warpgroup, ConsumerRings& rings) const {
+  // The thread that has the copy engine store a warpgroup's output frees the Q slot once it is read.
+  __device__ __forceinline__ void finish_store(ConsumerState& state) const {
+    if (state.storing < 0) return;
+    ptx::bulk_wait_read();
+    ptx::mbarrier_arrive(control.query_empty + state.storing);
+    state.storing = -1;
+  }
+
+  // Writes the warpgroup's rows of the tile, through its rows of the last Q slot, and frees the slot.
+  __device__ __forceinline__ void store(const Output& output, const TileWork& work, int warpgroup,
+                                        const CUtensorMap* output_map, ConsumerState& state) const {
+    const QueryShared staging = query_tile(state.queries.index);
+    const int warp_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
+    const int valid = work.queries.end - work.queries.begin;
+    // None of the warpgroup's warps multiplies from these rows any more.
+    ptx::named_barrier_sync(kStoreBarrier + warpgroup, 128);
+    stage_output<T>(staging, output, warp_row);
+    bool frees = true;
+    if (valid == kTileM && vectorized.out) {
+      ptx::fence_async_proxy();
+      ptx::named_barrier_sync(kStoreBarrier + warpgroup, 128);
+      if (threadIdx.x % 128 == 0) {
+#pragma unroll
+        for (int panel = 0; panel < QueryShared::kPanels; ++panel) {
+          ptx::tma_store_4d(output_map, staging.base + panel * QueryShared::kPanelBytes + warpgroup * 64 * 128,
+                            panel * 64, work.first_query + warpgroup * 64, work.head, work.batch);
+        }
+        ptx::bulk_commit();
+        state.storing = state.queries.index;
+        frees = false;
+      }
+    } else {
+      T* out = static_cast<T*>(params.out) + work.batch * params.out_strides.batch +
+               work.head * params.out_strides.head + work.first_query * params.out_strides.seq;
+      store_staged_output<16>(staging, out, params.out_strides.seq, warp_row, valid, params.shape.head_dim,
+                              vectorized.out);
+    }
+    if (frees) ptx::mbarrier_arrive(control.query_empty + state.queries.index);
+    state.queries.advance();
+  }
+
+  __device__ __forceinline__ void attend(const TileWork& work, int warpgroup, const CUtensorMap* output_map,
+                                         ConsumerState& rings) const {
     const float scale_log2 = logit_scale(params, work.batch) * kLog2E;
     const int warp_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
     Output output = {};
@@ -252,6 +295,7 @@ struct ForwardSm90 {
       softmax.template exponentiate<1>(logits, scale_log2);
       round_weights(weights, logits);
     };
+    if (kQueryStages == 1) finish_store(rings);  // the queries wait for the only slot
     rings.queries.wait_full(control.query_full);
     rings.keys.wait_full(control.key_full);
     // Moves on to the next key tile, and with the segment to the queries rotated for it.
@@ -275,6 +319,7 @@ struct ForwardSm90 {
     };
 
     start_logits(logits, query_tile(rings.queries.index), key_tile(rings.keys.index), warpgroup);
+    if (kQueryStages > 1) finish_store(rings);
     ptx::wgmma_wait<0>();
     ptx::pin(logits[0]);
     release_keys();
@@ -311,36 +356,30 @@ struct ForwardSm90 {
     float normalise[1][2], lse[1][2];
     softmax.finish(scale_log2, normalise, lse);
     scale_rows(output, normalise);
-    const int valid = work.queries.end - work.queries.begin;
-    T* out = static_cast<T*>(params.out) + work.batch * params.out_strides.batch + work.head * params.out_strides.head +
-             work.first_query * params.out_strides.seq;
-    // The warpgroup's rows of the last Q slot carry the output, once none of its warps multiplies from them any more.
-    ptx::named_barrier_sync(kStoreBarrier + warpgroup, 128);
-    store_output(query_tile(rings.queries.index), output, out, params.out_strides.seq, warp_row, valid,
-                 params.shape.head_dim, vectorized.out);
-    ptx::mbarrier_arrive(control.query_empty + rings.queries.index);
-    rings.queries.advance();
+    store(output, work, warpgroup, output_map, rings);
     store_lse(lse, params.softmax_lse + static_cast<int64_t>(work.plane) * params.shape.seqlen_q + work.first_query,
-              warp_row, valid);
+              warp_row, work.queries.end - work.queries.begin);
   }
 
-  __device__ __forceinline__ void consume(int warpgroup) const {
+  __device__ __forceinline__ void consume(int warpgroup, const CUtensorMap* output_map) const {
     Ring<kWorkStages> ring;
-    ConsumerRings rings;
+    ConsumerState rings;
     if (warpgroup == kConsumers - 1) pass_turn(warpgroup);
     while (true) {
       ring.wait_full(control.work_full);
       const TileWork& work = control.work[ring.index];
-      if (work.plane < 0) return;
-      attend(work, warpgroup, rings);
-      arrive_warp(control.work_empty + ring.index);
+      if (work.plane < 0) break;
+      attend(work, warpgroup, output_map, rings);
+      ptx::mbarrier_arrive(control.work_empty + ring.index);
       ring.advance();
     }
+    finish_store(rings);  // shared memory lasts until then
   }
 
   static __device__ __forceinline__ void run(const ForwardParams& params, const VectorPaths& vectorized,
                                              const TileSchedule& schedule, const CUtensorMap& key_map,
-                                             const CUtensorMap& value_map, int* tile_counter) {
+                                             const CUtensorMap& value_map, const CUtensorMap& output_map,
+                                             int* tile_counter) {
     extern __shared__ __align__(1024) unsigned char shared_memory[];
     constexpr size_t kControlOffset = kSharedBytes - sizeof(Control);
     const ForwardSm90 self{params, vectorized, ptx::shared_address(shared_memory),
@@ -360,7 +399,7 @@ struct ForwardSm90 {
       }
     } else {
       ptx::registers_increase<Sizes::kConsumerRegisters>();
-      self.consume(warpgroup - 1);
+      self.consume(warpgroup - 1, &output_map);
     }
   }
 };

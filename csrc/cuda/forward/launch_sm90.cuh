@@ -13,9 +13,9 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(ForwardSm90<T, kHeadDim>::kThreads, 1)
     dca_forward_sm90(const __grid_constant__ ForwardParams params, const __grid_constant__ VectorPaths vectorized,
                      const __grid_constant__ TileSchedule schedule, const __grid_constant__ CUtensorMap key_map,
-                     const __grid_constant__ CUtensorMap value_map) {
+                     const __grid_constant__ CUtensorMap value_map, const __grid_constant__ CUtensorMap output_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  ForwardSm90<T, kHeadDim>::run(params, vectorized, schedule, key_map, value_map, params.tile_counter);
+  ForwardSm90<T, kHeadDim>::run(params, vectorized, schedule, key_map, value_map, output_map, params.tile_counter);
 #endif
 }
 
@@ -24,12 +24,17 @@ const char* launch_forward_sm90(const ForwardParams& params, const VectorPaths& 
                                 cudaStream_t stream) {
   const TileSchedule schedule = make_tile_schedule(params, plan.tile_m);
   if (schedule.count() > INT32_MAX) return "q has too many query tiles for one launch";
-  CUtensorMap key_map, value_map;
+  CUtensorMap key_map, value_map, output_map{};
   const AttentionShape& shape = params.shape;
   const RowTensor k{params.k, params.k_strides, shape.batch, shape.seqlen_k, shape.kv_heads, shape.head_dim};
   const RowTensor v{params.v, params.v_strides, shape.batch, shape.seqlen_k, shape.kv_heads, shape.head_dim};
   const char* failure = encode_row_map(&key_map, k, params.dtype, plan.tile_n);
   if (failure == nullptr) failure = encode_row_map(&value_map, v, params.dtype, plan.tile_n);
+  if (failure == nullptr && vectorized.out) {
+    const RowTensor out{params.out, params.out_strides, shape.batch, shape.seqlen_q, shape.heads, shape.head_dim};
+    constexpr int kWarpgroupRows = 64;
+    failure = encode_row_map(&output_map, out, params.dtype, kWarpgroupRows);
+  }
   if (failure != nullptr) return failure;
 
   const auto kernel = &dca_forward_sm90<T, kHeadDim>;
@@ -46,7 +51,7 @@ const char* launch_forward_sm90(const ForwardParams& params, const VectorPaths& 
   if (status != cudaSuccess) return cudaGetErrorString(status);
   const int blocks = schedule.count() < multiprocessors ? static_cast<int>(schedule.count()) : multiprocessors;
   kernel<<<blocks, ForwardSm90<T, kHeadDim>::kThreads, kSharedBytes, stream>>>(params, vectorized, schedule, key_map,
-                                                                               value_map);
+                                                                               value_map, output_map);
   status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

@@ -24,6 +24,14 @@ __device__ __forceinline__ void tma_load_4d(uint32_t shared, const CUtensorMap* 
       : "memory");
 }
 
+// Copies the map's box from shared memory to global memory; what lies outside the tensor is left out. Belongs to the
+// thread's group of copies that bulk_commit closes.
+__device__ __forceinline__ void tma_store_4d(const CUtensorMap* map, uint32_t shared, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(map),
+               "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+
 // Adds the map's box of float32 from shared memory to global memory; what lies outside the tensor is left out. Belongs
 // to the thread's group of copies that bulk_commit closes.
 __device__ __forceinline__ void tma_add_3d(const CUtensorMap* map, uint32_t shared, int c0, int c1, int c2) {

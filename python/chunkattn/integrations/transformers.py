@@ -212,10 +212,12 @@ class _DualChunk:
             self._table_frequencies = frequencies
             self._tables = {}
         if device not in self._tables:
-            # The embedding computes with float32 frequencies, whatever dtype the model was cast to.
-            self._tables[device] = chunkattn.rope_table(
-                self.chunk_size, 2 * frequencies.numel(), inv_freq=frequencies.float(), device=device
-            )
+            # Tensors made in inference mode could not be saved for a later backward.
+            with torch.inference_mode(False):
+                # The embedding computes with float32 frequencies, whatever dtype the model was cast to.
+                self._tables[device] = chunkattn.rope_table(
+                    self.chunk_size, 2 * frequencies.numel(), inv_freq=frequencies.float(), device=device
+                )
         return self._tables[device]
 
     def _wrap_positions(self, rotary: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

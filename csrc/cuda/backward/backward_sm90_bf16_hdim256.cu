@@ -1,0 +1,9 @@
+#include "cuda/backward/launch_sm90.cuh"
+
+namespace chunkattn::cuda {
+
+template const char* launch_backward_sm90<__nv_bfloat16, 256>(const BackwardParams&, const BackwardWorkspace&,
+                                                              const BackwardVectorPaths&, const KernelPlan&,
+                                                              cudaStream_t);
+
+}  // namespace chunkattn::cuda

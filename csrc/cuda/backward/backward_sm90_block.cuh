@@ -1,0 +1,471 @@
+// What the Hopper backward kernels share: the tiles in shared memory, the warps that bring them and take dQ away, and
+// the steps that consumer warpgroups make of them.
+//
+// One thread block owns one tile of keys of one KV head, and with it dK and dV. Of its first warpgroup, one thread
+// loads K and V once and then Q and dO of the query tiles that attend the keys (QueryTileWalk), of all query heads that
+// share them; one warp reads their statistics and says what the tile is; two warps have the copy engine add dQ. The
+// regime of a pair of tiles says which rotation of Q is read and which dQ is added to. Two more warpgroups consume: a
+// kernel is what they do (backward_sm90.cuh, backward_sm90_wide.cuh).
+#pragma once
+
+#include "cuda/backward/schedule.h"
+#include "cuda/backward/tile_sizes.h"
+#include "cuda/common/gradients.cuh"
+#include "cuda/common/query_tiles.cuh"
+#include "cuda/common/ring.cuh"
+#include "cuda/common/softmax.cuh"
+#include "cuda/common/swizzled_tile.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/warpgroup.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace chunkattn::cuda {
+
+// What the copy engine reads and adds to.
+struct BackwardMaps {
+  CUtensorMap q[3];  // of each regime
+  CUtensorMap dout;
+  CUtensorMap k;
+  CUtensorMap v;
+  CUtensorMap dq[3];  // of each regime; what it adds to
+};
+
+template <typename T, int kHeadDim>
+struct BackwardSm90Block {
+  using Sizes = BackwardSm90Tile<kHeadDim>;
+  static constexpr int kTileM = Sizes::kTileM;
+  static constexpr int kTileN = Sizes::kTileN;
+  static constexpr int kStages = Sizes::kStages;
+  static constexpr int kLogitBuffers = Sizes::kLogitBuffers;
+  static constexpr int kConsumers = 2;
+  static constexpr int kConsumerThreads = kConsumers * 128;
+  static constexpr int kThreads = kConsumerThreads + 128;
+  // A block starts with as many registers as fit all threads, in eights. What producers give up consumers may take.
+  static_assert(kConsumers * Sizes::kConsumerRegisters + Sizes::kProducerRegisters <= 3 * 168);
+
+  // dQ of a tile is cut among the warpgroups by rows where there are enough of them, otherwise by columns.
+  static constexpr bool kCutRows = kTileM == kConsumers * 64;
+  static constexpr int kQueryColumns = kCutRows ? kHeadDim : kHeadDim / kConsumers;
+  static_assert(kCutRows || kTileM == 64);
+
+  using QueryShared = PanelTile<kTileM, kHeadDim>;
+  using KeyShared = PanelTile<kTileN, kHeadDim>;
+  using LogitShared = PanelTile<kTileN, kTileM>;  // keys by queries
+  using Staged = StagedRows<kTileN, kHeadDim>;
+  using Logits = float[kTileM / 8][4];       // of 64 keys by kTileM queries
+  using Operand = uint32_t[kTileM / 16][4];  // the same, rounded to T
+  using KeyGradients = float[1][kHeadDim / 8][4];
+  using QueryGradients = float[1][kQueryColumns / 8][4];
+
+  // What a query tile is. Rows without a query have a log-sum-exp of +inf, which makes P zero.
+  struct alignas(16) Statistics {
+    float lse_log2[kTileM];
+    float delta[kTileM];
+    AttendingTile tile;
+    bool masked;  // some query of the tile does not see some key
+    int plane;    // batch * heads + head; -1 behind the last tile
+  };
+
+  struct Control {
+    uint64_t keys_full;
+    uint64_t query_full[kStages], query_empty[kStages];
+    uint64_t dout_full[kStages], dout_empty[kStages];
+    uint64_t statistics_empty[kStages];  // they are full with the queries
+    Statistics statistics[kStages];
+  };
+
+  static constexpr size_t kTileBytes = backward_sm90_tile_bytes<kHeadDim>();
+  static constexpr size_t kSharedBytes = kTileBytes + sizeof(Control);
+  static_assert(kSharedBytes <= 227 * 1024);
+
+  const BackwardParams& params;
+  const BackwardWorkspace& workspace;
+  const BackwardMaps& maps;
+  uint32_t shared;  // K, V, the stages of Q, of dO, and what the kernel puts behind them
+  Control& control;
+  int batch;
+  int kv_head;
+  int key_tile;
+  QueryTile keys;
+
+  __device__ __forceinline__ KeyShared k_tile() const { return {shared}; }
+  __device__ __forceinline__ KeyShared v_tile() const { return {shared + KeyShared::kBytes}; }
+  __device__ __forceinline__ QueryShared q_tile(int stage) const {
+    return {shared + 2 * KeyShared::kBytes + stage * QueryShared::kBytes};
+  }
+  __device__ __forceinline__ QueryShared dout_tile(int stage) const { return q_tile(kStages + stage); }
+  __device__ __forceinline__ LogitShared ds_tile(int buffer) const {
+    return {q_tile(2 * kStages).base + buffer * LogitShared::kBytes};
+  }
+
+  __device__ __forceinline__ QueryTiling tiling() const {
+    return {params.forward.geometry, params.forward.first_position(), params.forward.shape.seqlen_k, kTileM};
+  }
+  __device__ __forceinline__ int group() const { return params.forward.shape.heads / params.forward.shape.kv_heads; }
+
+  // How often the consumers and the warps of dQ arrive when they need Q, and dO, of a stage no longer.
+  __device__ __forceinline__ void init_barriers(int query_arrivals, int dout_arrivals) const {
+    ptx::mbarrier_init(&control.keys_full, 1);
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(control.query_full + i, 1 + 32);  // the copy and the warp of the statistics
+      ptx::mbarrier_init(control.query_empty + i, query_arrivals);
+      ptx::mbarrier_init(control.dout_full + i, 1);
+      ptx::mbarrier_init(control.dout_empty + i, dout_arrivals);
+      ptx::mbarrier_init(control.statistics_empty + i,
+                         kConsumerThreads + kConsumers * 32);  // every thread has read them
+    }
+    ptx::mbarrier_init_fence();
+  }
+
+  template <typename Tile>
+  static __device__ __forceinline__ void load_tile(const Tile& tile, const CUtensorMap* map, uint64_t* full, int row,
+                                                   int head, int batch) {
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      ptx::tma_load_4d(tile.base + panel * Tile::kPanelBytes, map, full, panel * 64, row, head, batch);
+    }
+  }
+
+  // One thread.
+  __device__ __forceinline__ void load_tiles() const {
+    ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
+    load_tile(k_tile(), &maps.k, &control.keys_full, keys.begin, kv_head, batch);
+    load_tile(v_tile(), &maps.v, &control.keys_full, keys.begin, kv_head, batch);
+    const QueryTiling tiles = tiling();
+    Ring<kStages> ring;
+#pragma unroll 1
+    for (int head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
+      for (QueryTileWalk walk(tiles, workspace.near_rows, keys.begin); !walk.done(tiles);
+           walk.advance(tiles, workspace.near_rows)) {
+        const AttendingTile tile = walk.tile(tiles);
+        ring.wait_empty(control.query_empty);
+        uint64_t* full = control.query_full + ring.index;
+        ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
+        load_tile(q_tile(ring.index), maps.q + static_cast<int>(tile.regime), full, tile.row, head, batch);
+        ring.wait_empty(control.dout_empty);
+        full = control.dout_full + ring.index;
+        ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
+        load_tile(dout_tile(ring.index), &maps.dout, full, tile.begin - tiles.begin, head, batch);
+        ring.advance();
+      }
+    }
+  }
+
+  // One warp.
+  __device__ __forceinline__ void load_statistics() const {
+    const QueryTiling tiles = tiling();
+    const int lane = threadIdx.x % 32;
+    Ring<kStages> ring;
+#pragma unroll 1
+    for (int head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
+      const int plane = batch * params.forward.shape.heads + head;
+      for (QueryTileWalk walk(tiles, workspace.near_rows, keys.begin); !walk.done(tiles);
+           walk.advance(tiles, workspace.near_rows)) {
+        const AttendingTile tile = walk.tile(tiles);
+        const int64_t first = static_cast<int64_t>(plane) * params.forward.shape.seqlen_q + (tile.begin - tiles.begin);
+        ring.wait_empty(control.statistics_empty);
+        Statistics& statistics = control.statistics[ring.index];
+#pragma unroll
+        for (int row = lane; row < kTileM; row += 32) {
+          const bool valid = row < tile.count;
+          statistics.lse_log2[row] = valid ? params.forward.softmax_lse[first + row] * kLog2E : INFINITY;
+          statistics.delta[row] = valid ? workspace.delta[first + row] : 0.f;
+        }
+        if (lane == 0) {
+          statistics.tile = tile;
+          statistics.masked =
+              (tile.regime == Regime::kIntra && keys.end - 1 > tile.begin) || keys.end - keys.begin < kTileN;
+          statistics.plane = plane;
+        }
+        ptx::mbarrier_arrive(control.query_full + ring.index);
+        ring.advance();
+      }
+    }
+    ring.wait_empty(control.statistics_empty);
+    if (lane == 0) {
+      control.statistics[ring.index].plane = -1;
+      ptx::mbarrier_arrive(control.query_full + ring.index);  // for the copy, which has no more to bring
+    }
+    ptx::mbarrier_arrive(control.query_full + ring.index);
+  }
+
+  // Starts 64 rows of keys times queries^T, along the head dimension.
+  static __device__ __forceinline__ void start_logits(Logits& logits, const KeyShared& keys, const QueryShared& queries,
+                                                      int warpgroup) {
+    const uint64_t a = ptx::descriptor_k_major(keys.base + warpgroup * 64 * 128);
+    const uint64_t b = ptx::descriptor_k_major(queries.base);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const int panel = step / 4, inside = step % 4 * 32;
+      ptx::Wgmma<T, kTileM>::ss(logits, a + (panel * KeyShared::kPanelBytes + inside) / 16,
+                                b + (panel * QueryShared::kPanelBytes + inside) / 16, step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Starts gradients += operand * rows, along the queries.
+  static __device__ __forceinline__ void start_key_gradients(KeyGradients& gradients, const Operand& operand,
+                                                             const QueryShared& rows) {
+    const uint64_t b = ptx::descriptor_n_major(rows.base, QueryShared::kPanelBytes);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kTileM / 16; ++step) {
+      ptx::Wgmma<T, kHeadDim>::rs(gradients[0], operand[step], b + step * 16 * 128 / 16);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Starts this warpgroup's part of dS K, along the keys.
+  static __device__ __forceinline__ void start_query_gradients(QueryGradients& dq, const LogitShared& ds,
+                                                               const KeyShared& k, int warpgroup) {
+    const uint64_t a = ptx::descriptor_n_major(ds.base + (kCutRows ? warpgroup * LogitShared::kPanelBytes : 0),
+                                               LogitShared::kPanelBytes);
+    const uint64_t b = ptx::descriptor_n_major(
+        k.base + (kCutRows ? 0 : warpgroup * (kQueryColumns / 64) * KeyShared::kPanelBytes), KeyShared::kPanelBytes);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kTileN / 16; ++step) {
+      constexpr int kStep = 16 * 128 / 16;
+      ptx::Wgmma<T, kQueryColumns>::template ss<true>(dq[0], a + step * kStep, b + step * kStep, step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  static __device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+  }
+
+  // Behind a partial tile the copy engine brought keys of the next chunk. Their P is zero, but they must be finite too.
+  __device__ __forceinline__ void clear_missing_keys(int thread) const {
+    const int valid = keys.end - keys.begin;
+    if (valid == kTileN) return;
+    for (int i = thread; i < (kTileN - valid) * KeyShared::kChunksPerRow; i += kConsumerThreads) {
+      const int row = valid + i / KeyShared::kChunksPerRow, chunk = i % KeyShared::kChunksPerRow;
+      store_shared(k_tile().address(row, chunk), uint4{0, 0, 0, 0});
+      store_shared(v_tile().address(row, chunk), uint4{0, 0, 0, 0});
+    }
+    ptx::fence_async_proxy();
+    sync_consumers();
+  }
+
+  static constexpr int kConsumerBarrier = 1;
+  // Barriers of one of the warpgroups: + warpgroup. Kernels have 4 to 7 for themselves.
+  static constexpr int kPartFullBarrier = 2;  // its part of dQ is in shared memory
+  static constexpr int kPartFreeBarrier = 8;  // and may be written again
+  static constexpr int kPartThreads = 128 + 32;
+  static __device__ __forceinline__ void sync_consumers() {
+    ptx::named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+  }
+
+  // Hides keys from queries where the tiles are not wholly visible to each other. A thread's rows are keys here.
+  __device__ __forceinline__ void hide_keys(Logits& logits, const AttendingTile& tile, int key_row) const {
+    const int lane = threadIdx.x % 32;
+    const bool causal = tile.regime == Regime::kIntra;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int position = keys.begin + key_row + half * 8 + lane / 4;
+      // The first query of the tile that sees the key.
+      const int first = position >= keys.end ? kTileM : causal ? position - tile.begin : 0;
+      const int begin = first - lane % 4 * 2;
+#pragma unroll
+      for (int block = 0; block < kTileM / 8; ++block) {
+        if (block * 8 < begin) logits[block][2 * half] = -INFINITY;
+        if (block * 8 + 1 < begin) logits[block][2 * half + 1] = -INFINITY;
+      }
+    }
+  }
+
+  // Of this thread's queries, which are neighbours in pairs.
+  using PerQuery = float2[kTileM / 8];
+  static __device__ __forceinline__ void load_per_query(PerQuery& x, const float (&values)[kTileM]) {
+#pragma unroll
+    for (int block = 0; block < kTileM / 8; ++block) {
+      x[block] = *reinterpret_cast<const float2*>(values + block * 8 + threadIdx.x % 4 * 2);
+    }
+  }
+
+  // S becomes P.
+  static __device__ __forceinline__ void exponentiate(Logits& logits, const PerQuery& lse_log2, float scale_log2) {
+#pragma unroll
+    for (int block = 0; block < kTileM / 8; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        logits[block][i] =
+            exp2_approx(logits[block][i] * scale_log2 - (i % 2 == 0 ? lse_log2[block].x : lse_log2[block].y));
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void round(Operand& operand, const Logits& x) {
+#pragma unroll
+    for (int step = 0; step < kTileM / 16; ++step) pack_operand<T>(operand[step], x, step);
+  }
+
+  // The way back, of one step.
+  static __device__ __forceinline__ void unround(Logits& x, const uint32_t (&operand)[4], int step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack2<T>(operand[i]);
+      x[2 * step + i / 2][i % 2 * 2] = pair.x;
+      x[2 * step + i / 2][i % 2 * 2 + 1] = pair.y;
+    }
+  }
+
+  // dP becomes dS = P (dP - delta), without the logits' scale, rounded to T.
+  static __device__ __forceinline__ void differentiate(Operand& operand, const Logits& p, Logits& ds,
+                                                       const PerQuery& delta) {
+#pragma unroll
+    for (int block = 0; block < kTileM / 8; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        ds[block][i] = p[block][i] * (ds[block][i] - (i % 2 == 0 ? delta[block].x : delta[block].y));
+      }
+    }
+    round(operand, ds);
+  }
+
+  static __device__ __forceinline__ void store_ds(const LogitShared& shared, const Operand& ds, int key_row) {
+    const int lane = threadIdx.x % 32;
+    const int row = key_row + lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+    for (int step = 0; step < kTileM / 16; ++step) {
+      ptx::stmatrix_x4(shared.address(row, 2 * step + lane / 16), ds[step]);
+    }
+  }
+
+  // A warpgroup's part of dQ on its way: panels of 64 rows by 32 float32 elements, swizzled as PanelTile is.
+  static constexpr int kGradientPanels = kQueryColumns / 32;
+  static constexpr int kGradientPanelBytes = 64 * 128;
+
+  // Writes panels of this warpgroup's part of dQ to shared memory. Rows behind the tile's queries are zero.
+  template <int kBegin, int kEnd>
+  static __device__ __forceinline__ void store_panels(const QueryGradients& dq, uint32_t part) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = threadIdx.x / 32 % 4 * 16 + half * 8 + lane / 4;
+#pragma unroll
+      for (int block = kBegin * 4; block < kEnd * 4; ++block) {
+        const int chunk = block % 4 * 2 + lane % 4 / 2;
+        store_shared(part + block / 4 * kGradientPanelBytes + row * 128 + (chunk ^ (row % 8)) * 16 + lane % 2 * 8,
+                     dq[0][block][2 * half], dq[0][block][2 * half + 1]);
+      }
+    }
+  }
+
+  // Between these a warpgroup writes its part of dQ, for the warp that has it added.
+  static __device__ __forceinline__ void wait_part_free(int warpgroup) {
+    ptx::named_barrier_sync(kPartFreeBarrier + warpgroup, kPartThreads);
+  }
+  static __device__ __forceinline__ void pass_part_on(int warpgroup) {
+    ptx::fence_async_proxy();
+    ptx::named_barrier_arrive(kPartFullBarrier + warpgroup, kPartThreads);
+  }
+
+  // One warp for each warpgroup: has the copy engine add the warpgroup's part of dQ, tile after tile. The part lies at
+  // part(stage); once it is read, the warp arrives at the stage's barrier in `empty`.
+  template <typename Part>
+  __device__ __forceinline__ void add_query_gradients(int warpgroup, uint64_t* empty, Part&& part) const {
+    const int query_tiles = workspace.turns == nullptr ? 0 : tiling().count();
+    Ring<kStages> ring;
+    while (true) {
+      ptx::named_barrier_arrive(kPartFreeBarrier + warpgroup, kPartThreads);
+      ring.wait_full(control.query_full);
+      const Statistics& statistics = control.statistics[ring.index];
+      if (statistics.plane < 0) return;
+      ptx::named_barrier_sync(kPartFullBarrier + warpgroup, kPartThreads);
+      if (threadIdx.x % 32 == 0) {
+        const AttendingTile& tile = statistics.tile;
+        const CUtensorMap* map = maps.dq + static_cast<int>(tile.regime);
+        const int row = tile.row + (kCutRows ? warpgroup * 64 : 0);
+        const int column = kCutRows ? 0 : warpgroup * kQueryColumns;
+        int* turn = workspace.turns == nullptr
+                        ? nullptr
+                        : workspace.turns + static_cast<int64_t>(statistics.plane) * query_tiles + tile.index;
+        if (turn != nullptr) {
+          wait_for_turn(turn, kConsumers * key_tile);  // each warpgroup of the tiles before passes one on
+          ptx::fence_async_proxy_all();
+        }
+#pragma unroll
+        for (int panel = 0; panel < kGradientPanels; ++panel) {
+          ptx::tma_add_3d(map, part(ring.index) + panel * kGradientPanelBytes, column + panel * 32, row,
+                          statistics.plane);
+        }
+        ptx::bulk_commit();
+        if (turn == nullptr) {
+          ptx::bulk_wait_read();
+        } else {
+          ptx::bulk_wait();
+          ptx::fence_async_proxy_all();
+          __threadfence();
+          pass_turn_on(turn);
+        }
+      }
+      ptx::mbarrier_arrive(control.statistics_empty + ring.index);
+      arrive_warp(empty + ring.index);
+      ring.advance();
+    }
+  }
+
+  template <typename Element>
+  __device__ __forceinline__ T* first_row(Element* tensor, const Strides& strides) const {
+    return static_cast<T*>(tensor) + batch * strides.batch + keys.begin * strides.seq + kv_head * strides.head;
+  }
+
+  // Writes the tile's staged dV by kStoring threads.
+  template <int kStoring>
+  __device__ __forceinline__ void store_values(const Staged& staged, bool vectorized, int thread) const {
+    store_staged<kStoring>(staged, first_row(params.dv, params.dv_strides), params.dv_strides.seq,
+                           keys.end - keys.begin, params.forward.shape.head_dim, params.forward.rotary, -1, vectorized,
+                           thread);
+  }
+
+  // The same of dK, rotated back to the keys that were passed in.
+  template <int kStoring>
+  __device__ __forceinline__ void store_keys(const Staged& staged, bool vectorized, int thread) const {
+    store_staged<kStoring>(staged, first_row(params.dk, params.dk_strides), params.dk_strides.seq,
+                           keys.end - keys.begin, params.forward.shape.head_dim, params.forward.rotary,
+                           workspace.dk_rotated ? -1 : params.forward.geometry.key_row(keys.begin), vectorized, thread);
+  }
+};
+
+// The body of a kernel. Kernel is made of its Block and says what consumer warpgroups do, where they leave dQ, and how
+// often they and the warps of dQ say that a stage is free.
+template <typename Kernel>
+__device__ __forceinline__ void run_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                                  const BackwardVectorPaths& vectorized, const TileSchedule& schedule,
+                                                  const BackwardMaps& maps) {
+  using Block = typename Kernel::Block;
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  const KeyTileItem item = key_tile_item(schedule, blockIdx.x);
+  const int kv_heads = params.forward.shape.kv_heads;
+  const QueryTiling tiling{params.forward.geometry, 0, params.forward.shape.seqlen_k, Block::kTileN};
+  const Block block{params,
+                    workspace,
+                    maps,
+                    ptx::shared_address(shared_memory),
+                    *reinterpret_cast<typename Block::Control*>(shared_memory + Block::kTileBytes),
+                    item.plane / kv_heads,
+                    item.plane % kv_heads,
+                    item.tile,
+                    tiling.tile(item.tile)};
+  const Kernel kernel{block};
+  // The shuffle tells ptxas that the index is uniform, and so are the descriptors made of it.
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (threadIdx.x == 0) block.init_barriers(Kernel::kQueryArrivals, Kernel::kDoutArrivals);
+  __syncthreads();
+  if (warpgroup == 0) {
+    ptx::registers_decrease<Block::Sizes::kProducerRegisters>();
+    if (threadIdx.x == 0) block.load_tiles();
+    if (threadIdx.x / 32 == 1) block.load_statistics();
+    if (threadIdx.x / 32 >= 2) kernel.add_query_gradients(threadIdx.x / 32 - 2);
+  } else {
+    ptx::registers_increase<Block::Sizes::kConsumerRegisters>();
+    kernel.consume(warpgroup - 1, reinterpret_cast<float*>(shared_memory), vectorized);
+  }
+}
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,8 @@
+#include "cuda/backward/launch_sm90.cuh"
+
+namespace chunkattn::cuda {
+
+template const char* launch_backward_sm90<__half, 256>(const BackwardParams&, const BackwardWorkspace&,
+                                                       const BackwardVectorPaths&, const KernelPlan&, cudaStream_t);
+
+}  // namespace chunkattn::cuda
