@@ -30,7 +30,8 @@ struct BackwardSm90Wide {
   static constexpr int kQueryArrivals = 1, kDoutArrivals = 1;
 
   static constexpr int kWeightsBarrier = 4;      // P is handed on
-  static constexpr int kDifferencesBarrier = 5;  // dS is in shared memory
+  static constexpr int kDifferencesBarrier = 5;  // dS is in shared memory, for the warpgroup that did not make it
+  static constexpr int kStoredBarrier = 10;      // and for the one that did
   static constexpr int kStagedBarrier = 6;       // + warpgroup: its gradient is in shared memory
 
   const Block& block;
@@ -104,8 +105,6 @@ struct BackwardSm90Wide {
   __device__ __forceinline__ void accumulate(KeyGradients& gradients) const {
     auto& control = block.control;
     const float scale_log2 = logit_scale(block.params.forward, block.batch) * kLog2E;
-    ptx::mbarrier_wait(&control.keys_full, 0);
-    block.clear_missing_keys(threadIdx.x - (Block::kThreads - Block::kConsumerThreads));
     Stages ring;
     ring.wait_full(control.query_full);
     if constexpr (kGradient == kKeys) ring.wait_full(control.dout_full);
@@ -124,7 +123,12 @@ struct BackwardSm90Wide {
         make_differences(operand, logits, statistics);
       }
       Block::start_key_gradients(gradients, operand, rows<kGradient>(ring.index));
-      ptx::named_barrier_sync(kDifferencesBarrier, Block::kConsumerThreads);
+      if constexpr (kGradient == kValues) {
+        ptx::named_barrier_sync(kDifferencesBarrier, Block::kConsumerThreads);
+      } else {
+        ptx::named_barrier_arrive(kDifferencesBarrier, Block::kConsumerThreads);
+        ptx::named_barrier_sync(kStoredBarrier, 128);
+      }
       QueryGradients dq;
       Block::start_query_gradients(dq, ds_tile(), block.k_tile(), kGradient);
       ptx::mbarrier_arrive(control.statistics_empty + ring.index);
@@ -149,7 +153,6 @@ struct BackwardSm90Wide {
       ring = next;
     }
     Block::wait_part_free(kGradient);
-    Block::sync_consumers();  // everybody has finished with the tiles
   }
 
   __device__ __forceinline__ void consume(int warpgroup, float* staging, const BackwardVectorPaths& vectorized) const {
@@ -159,13 +162,19 @@ struct BackwardSm90Wide {
     const int thread = threadIdx.x % kWarpgroupThreads;
     const int key_row = thread / 32 * 16;
     KeyGradients gradients = {};
+    ptx::mbarrier_wait(&block.control.keys_full, 0);
+    block.clear_missing_keys(threadIdx.x - (Block::kThreads - Block::kConsumerThreads));
     if (warpgroup == kValues) {
       accumulate<kValues>(gradients);
+    } else {
+      accumulate<kKeys>(gradients);
+    }
+    Block::sync_consumers();  // everybody has finished with the tiles
+    if (warpgroup == kValues) {
       staged.collect(gradients, key_row, 0, 1.f);
       ptx::named_barrier_sync(kStagedBarrier + kValues, kWarpgroupThreads);
       block.template store_values<kWarpgroupThreads>(staged, vectorized.dv, thread);
     } else {
-      accumulate<kKeys>(gradients);
       staged.collect(gradients, key_row, 0, logit_scale(block.params.forward, block.batch));
       ptx::named_barrier_sync(kStagedBarrier + kKeys, kWarpgroupThreads);
       block.template store_keys<kWarpgroupThreads>(staged, vectorized.dk, thread);
