@@ -39,14 +39,24 @@ def test_finetuning_table():
     assert rows == {"before": scores[0], f"after {measured['steps']} steps": scores[1]}
 
 
-def test_speed_table():
-    rows = table_below("| | chunkattn DCA |")
+@pytest.mark.parametrize(
+    ("results", "header", "columns"),
+    [
+        ("forward", "| | chunkattn DCA | FlashAttention-3", ("chunkattn", "fa3", "cudnn", "fa2", "composed-fa3")),
+        (
+            "backward",
+            "| | chunkattn DCA | deterministic",
+            ("chunkattn", "chunkattn-deterministic", "fa3", "cudnn", "fa2", "composed-fa3"),
+        ),
+    ],
+)
+def test_speed_tables(results, header, columns):
+    rows = table_below(header)
     measured = {}
-    for row in json.loads((RESULTS / "forward.json").read_text())["rows"]:
+    for row in json.loads((RESULTS / f"{results}.json").read_text())["rows"]:
         kv_heads = "" if row["kv_heads"] == row["heads"] else f"/{row['kv_heads']}"
         shape = f"{row['seq_q'] // 1000 if row['seq_q'] > 99999 else row['seq_q'] // 1024}k"
         shape += f", {row['heads']}{kv_heads} heads, d {row['head_dim']}"
         # Of the settings of DCA the table shows the paper's, the first one measured.
         measured.setdefault((shape, row["impl"]), f"{row['tflops']:.0f}")
-    columns = ("chunkattn", "fa3", "cudnn", "fa2", "composed-fa3")
     assert rows == {shape: [measured[shape, impl] for impl in columns] for shape in rows}
