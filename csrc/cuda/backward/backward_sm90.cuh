@@ -46,7 +46,7 @@ struct BackwardSm90 {
     ring.wait_full(control.query_full);
     Logits p;
     if constexpr (!kEarlyValues) {
-      Block::start_logits(p, block.k_tile(), block.q_tile(ring.index), warpgroup);
+      start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
       ptx::wgmma_wait<0>();
       ptx::pin(p);
     }
@@ -55,9 +55,9 @@ struct BackwardSm90 {
       const typename Block::Statistics& statistics = control.statistics[ring.index];
       const bool masked = statistics.masked;
       Logits ds;
-      if constexpr (kEarlyValues) Block::start_logits(p, block.k_tile(), block.q_tile(ring.index), warpgroup);
+      if constexpr (kEarlyValues) start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
       ring.wait_full(control.dout_full);
-      Block::start_logits(ds, block.v_tile(), block.dout_tile(ring.index), warpgroup);
+      start_rows_by_rows<T>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(ring.index));
       typename Block::PerQuery lse_log2, delta;
       Block::load_per_query(lse_log2, statistics.lse_log2);
       if constexpr (kEarlyValues) {
@@ -69,7 +69,7 @@ struct BackwardSm90 {
       Operand p_operand, ds_operand;
       if constexpr (kEarlyValues) {
         Block::round(p_operand, p);
-        Block::start_key_gradients(dv, p_operand, block.dout_tile(ring.index));
+        start_operand_by_rows<T>(dv[0], p_operand, block.dout_tile(ring.index));
       } else {
         ptx::pin(p);
       }
@@ -83,7 +83,7 @@ struct BackwardSm90 {
       if constexpr (!kEarlyValues) Block::round(p_operand, p);
       Block::load_per_query(delta, statistics.delta);
       Block::differentiate(ds_operand, p, ds, delta);
-      if constexpr (!kEarlyValues) Block::start_key_gradients(dv, p_operand, block.dout_tile(ring.index));
+      if constexpr (!kEarlyValues) start_operand_by_rows<T>(dv[0], p_operand, block.dout_tile(ring.index));
       // Of two buffers of dS this one was read two tiles ago: everybody has passed the barrier below since.
       if (Block::kLogitBuffers == 1) Block::sync_consumers();
       Block::store_ds(block.ds_tile(buffer), ds_operand, key_row);
@@ -92,7 +92,7 @@ struct BackwardSm90 {
       QueryGradients dq;
       Block::start_query_gradients(dq, block.ds_tile(buffer), block.k_tile(), warpgroup);
       if (Block::kLogitBuffers == 2) buffer ^= 1;
-      Block::start_key_gradients(dk, ds_operand, block.q_tile(ring.index));
+      start_operand_by_rows<T>(dk[0], ds_operand, block.q_tile(ring.index));
       ptx::mbarrier_arrive(control.statistics_empty + ring.index);
       ptx::wgmma_wait<2>();
       ptx::pin(dv[0]);
@@ -103,7 +103,7 @@ struct BackwardSm90 {
       Block::template store_panels<0, Block::kGradientPanels>(dq, dq_part(warpgroup));
       Block::pass_part_on(warpgroup);
       // Behind the last tile the next S is of no use and does no harm.
-      if constexpr (!kEarlyValues) Block::start_logits(p, block.k_tile(), block.q_tile(next.index), warpgroup);
+      if constexpr (!kEarlyValues) start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(next.index));
       ptx::wgmma_wait<0>();
       ptx::pin(dk[0]);
       if constexpr (!kEarlyValues) ptx::pin(p);

@@ -15,10 +15,10 @@
 #include "cuda/common/ring.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/swizzled_tile.cuh"
+#include "cuda/common/warpgroup_multiply.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/warpgroup.cuh"
-#include "cuda/ptx/wgmma.cuh"
 
 namespace chunkattn::cuda {
 
@@ -188,33 +188,6 @@ struct BackwardSm90Block {
       ptx::mbarrier_arrive(control.query_full + ring.index);  // for the copy, which has no more to bring
     }
     ptx::mbarrier_arrive(control.query_full + ring.index);
-  }
-
-  // Starts 64 rows of keys times queries^T, along the head dimension.
-  static __device__ __forceinline__ void start_logits(Logits& logits, const KeyShared& keys, const QueryShared& queries,
-                                                      int warpgroup) {
-    const uint64_t a = ptx::descriptor_k_major(keys.base + warpgroup * 64 * 128);
-    const uint64_t b = ptx::descriptor_k_major(queries.base);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      const int panel = step / 4, inside = step % 4 * 32;
-      ptx::Wgmma<T, kTileM>::ss(logits, a + (panel * KeyShared::kPanelBytes + inside) / 16,
-                                b + (panel * QueryShared::kPanelBytes + inside) / 16, step > 0);
-    }
-    ptx::wgmma_commit();
-  }
-
-  // Starts gradients += operand * rows, along the queries.
-  static __device__ __forceinline__ void start_key_gradients(KeyGradients& gradients, const Operand& operand,
-                                                             const QueryShared& rows) {
-    const uint64_t b = ptx::descriptor_n_major(rows.base, QueryShared::kPanelBytes);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) {
-      ptx::Wgmma<T, kHeadDim>::rs(gradients[0], operand[step], b + step * 16 * 128 / 16);
-    }
-    ptx::wgmma_commit();
   }
 
   // Starts this warpgroup's part of dS K, along the keys.

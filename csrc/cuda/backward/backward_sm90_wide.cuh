@@ -59,9 +59,9 @@ struct BackwardSm90Wide {
   template <int kGradient>
   __device__ __forceinline__ void start_logits(Logits& logits, int stage) const {
     if constexpr (kGradient == kValues) {
-      Block::start_logits(logits, block.k_tile(), block.q_tile(stage), 0);
+      start_rows_by_rows<T>(logits, block.k_tile(), 0, block.q_tile(stage));
     } else {
-      Block::start_logits(logits, block.v_tile(), block.dout_tile(stage), 0);
+      start_rows_by_rows<T>(logits, block.v_tile(), 0, block.dout_tile(stage));
     }
   }
 
@@ -122,7 +122,7 @@ struct BackwardSm90Wide {
       } else {
         make_differences(operand, logits, statistics);
       }
-      Block::start_key_gradients(gradients, operand, rows<kGradient>(ring.index));
+      start_operand_by_rows<T>(gradients[0], operand, rows<kGradient>(ring.index));
       if constexpr (kGradient == kValues) {
         ptx::named_barrier_sync(kDifferencesBarrier, Block::kConsumerThreads);
       } else {

@@ -14,10 +14,10 @@
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/tile_schedule.h"
 #include "cuda/common/vector_paths.h"
+#include "cuda/common/warpgroup_multiply.cuh"
 #include "cuda/forward/tile_sizes.h"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/warpgroup.cuh"
-#include "cuda/ptx/wgmma.cuh"
 
 namespace chunkattn::cuda {
 
@@ -185,27 +185,12 @@ struct ForwardSm90 {
   // Starts S = Q K^T for the warpgroup's 64 rows.
   static __device__ __forceinline__ void start_logits(Logits& logits, const QueryShared& q, const KeyShared& k,
                                                       int warpgroup) {
-    const uint64_t a = ptx::descriptor_k_major(q.base + warpgroup * 64 * 128);
-    const uint64_t b = ptx::descriptor_k_major(k.base);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      const int panel = step / 4, inside = step % 4 * 32;
-      ptx::Wgmma<T, kTileN>::ss(logits[0], a + (panel * QueryShared::kPanelBytes + inside) / 16,
-                                b + (panel * KeyShared::kPanelBytes + inside) / 16, step > 0);
-    }
-    ptx::wgmma_commit();
+    start_rows_by_rows<T>(logits[0], q, warpgroup * 64, k);
   }
 
   // Starts O += P V.
   static __device__ __forceinline__ void start_output(Output& output, const Weights& weights, const KeyShared& v) {
-    const uint64_t b = ptx::descriptor_n_major(v.base, KeyShared::kPanelBytes);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kTileN / 16; ++step) {
-      ptx::Wgmma<T, kHeadDim>::rs(output[0], weights[step], b + step * 16 * 128 / 16);
-    }
-    ptx::wgmma_commit();
+    start_operand_by_rows<T>(output[0], weights, v);
   }
 
   static __device__ __forceinline__ void round_weights(Weights& weights, const Logits& p) {

@@ -1,0 +1,41 @@
+// Products of a warpgroup and tiles in shared memory (sm_90a). Each starts one group of wgmma; ptx::wgmma_wait says
+// when its accumulators are valid.
+#pragma once
+
+#include "cuda/common/swizzled_tile.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace chunkattn::cuda {
+
+// Starts d = a b^T: 64 rows of a, from `first_row` on, by all rows of b, along the rows of both.
+template <typename T, int kBlocks, typename TileA, typename TileB>
+__device__ __forceinline__ void start_rows_by_rows(float (&d)[kBlocks][4], const TileA& a, int first_row,
+                                                   const TileB& b) {
+  static_assert(TileA::kChunksPerRow == TileB::kChunksPerRow && TileB::kPanelBytes == kBlocks * 8 * 128);
+  const uint64_t from_a = ptx::descriptor_k_major(a.base + first_row * 128);
+  const uint64_t from_b = ptx::descriptor_k_major(b.base);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < TileA::kChunksPerRow / 2; ++step) {
+    const int panel = step / 4, inside = step % 4 * 32;
+    ptx::Wgmma<T, kBlocks * 8>::ss(d, from_a + (panel * TileA::kPanelBytes + inside) / 16,
+                                   from_b + (panel * TileB::kPanelBytes + inside) / 16, step > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// Starts d += a b: a in registers, as softmax.cuh packs it, b's rows one after the other.
+template <typename T, int kSteps, int kBlocks, typename Tile>
+__device__ __forceinline__ void start_operand_by_rows(float (&d)[kBlocks][4], const uint32_t (&a)[kSteps][4],
+                                                      const Tile& b) {
+  static_assert(Tile::kChunksPerRow == kBlocks && Tile::kPanelBytes == kSteps * 16 * 128);
+  const uint64_t from_b = ptx::descriptor_n_major(b.base, Tile::kPanelBytes);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    ptx::Wgmma<T, kBlocks * 8>::rs(d, a[step], from_b + step * 16 * 128 / 16);
+  }
+  ptx::wgmma_commit();
+}
+
+}  // namespace chunkattn::cuda
