@@ -115,14 +115,14 @@ def dlogit_terms(q: Tensor, dout: Tensor, out: Tensor, options: dict) -> float:
 def check_backward(qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, options: dict) -> tuple[Tensor, ...]:
     """Compares the gradients of dca with those autograd finds for the oracle, and returns them."""
     grads = gradients(chunkattn.dca, qkv, dout, options)
-    exact_qkv = tuple(x.double() for x in qkv)
-    oracle = gradients(chunkattn.reference.dca, exact_qkv, dout.double(), options)
+    exact_qkv = tuple(x.detach().double().requires_grad_() for x in qkv)
+    exact_out = chunkattn.reference.dca(*exact_qkv, **options)
+    oracle = torch.autograd.grad(exact_out, exact_qkv, dout.double())
     plain = gradients(chunkattn.reference.dca, qkv, dout, options)
     if dout.numel() == 0:
         terms = (1.0, 1.0, 1.0)
     else:
-        out = chunkattn.reference.dca(*exact_qkv, **options)
-        dlogits = dlogit_terms(qkv[0], dout, out, options)
+        dlogits = dlogit_terms(qkv[0], dout, exact_out.detach(), options)
         terms = (*(max(1.0, dlogits * x.abs().max().item()) for x in (qkv[1], qkv[0])), 1.0)
     for name, ours, exact, torchs, magnitude in zip(("dq", "dk", "dv"), grads, oracle, plain, terms, strict=True):
         assert ours.dtype == dout.dtype
