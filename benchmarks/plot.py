@@ -31,7 +31,15 @@ COLOURS = {
     "flex": "#E69F00",
     "sdpa": "#56B4E9",
 }
-MARKERS = {"chunkattn": "o", "fa3": "s", "cudnn": "^", "fa2": "D", "flex": "v", "sdpa": "s"}
+MARKERS = {
+    "chunkattn": "o",
+    "chunkattn-deterministic": "P",
+    "fa3": "s",
+    "cudnn": "^",
+    "fa2": "D",
+    "flex": "v",
+    "sdpa": "s",
+}
 LABELS = {
     "chunkattn": "chunkattn (DCA)",
     "chunkattn-deterministic": "chunkattn, deterministic (DCA)",
@@ -112,7 +120,7 @@ def draw_panel(axes, rows, unit, ceiling):
             *zip(*points, strict=True),
             label=label_of(impl),
             color=COLOURS.get(base, "#555555"),
-            marker=MARKERS.get(base, "x"),
+            marker=MARKERS.get(impl, MARKERS.get(base, "x")),
             linestyle="-" if impl == base else "--",
             markerfacecolor=None if impl == base else "white",
             linewidth=2.8 if impl == "chunkattn" else 1.6,
