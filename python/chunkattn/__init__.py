@@ -1,9 +1,19 @@
 """Dual Chunk Attention on CPUs and GPUs."""
 
 from chunkattn import _core, _ops, _registration, reference
+from chunkattn._temperature import temperature
 from chunkattn.functional import dca
-from chunkattn.rotary import rope_table
+from chunkattn.rotary import CRDNTK, dynamic_ntk_base, ntk_base, rope_rows, rope_table
 
 __version__ = _core.build_info()["version"]
 
-__all__ = ["dca", "reference", "rope_table"]
+__all__ = [
+    "CRDNTK",
+    "dca",
+    "dynamic_ntk_base",
+    "ntk_base",
+    "reference",
+    "rope_rows",
+    "rope_table",
+    "temperature",
+]

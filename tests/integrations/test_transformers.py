@@ -391,6 +391,9 @@ def test_length_temperature():
     rule = integration.LengthTemperature(1000)
     assert rule(0) == rule(1) == rule(1000) == 1
     assert rule(8000) == pytest.approx((0.1 * math.log(8) + 1) ** 2)
+    lengths = [1, 1000, 1001, 8000, 10**6]
+    together = chunkattn.temperature(lengths, 1000)
+    assert together.tolist() == pytest.approx([rule(length) for length in lengths], rel=2**-24, abs=0)
 
 
 def test_temperature_follows_each_sequences_own_length():

@@ -48,6 +48,8 @@ _STATE = "_chunkattn_dca"
 class LengthTemperature:
     """The logit temperature of Qwen2.5-1M (arXiv 2501.15383): t = m^2, m = max(1, 0.1 ln(L / original_length) + 1).
 
+    :func:`chunkattn.temperature` for one length on the host, in double precision.
+
     Attributes:
         original_length: tokens up to which the temperature is 1.
     """

@@ -1,0 +1,9 @@
+"""The oracles the kernels are tested against, in plain torch, each written from its definition.
+
+They share no code with the kernels, run on any device in any floating dtype, float64 included, and are differentiable.
+"""
+
+from chunkattn.reference.dca import dca, rotate
+from chunkattn.reference.select_merge import select, select_merge
+
+__all__ = ["dca", "rotate", "select", "select_merge"]
