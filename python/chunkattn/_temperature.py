@@ -1,11 +1,25 @@
 """The logit temperature of long sequences."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from chunkattn._checks import check_int, check_integer_tensor
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def _of_ratio(ratio: Number, log: Callable[[Number], Number]) -> Number:
+    """The rule, from max(1, L / original_length)."""
+    return (0.1 * log(ratio) + 1) ** 2
+
+
+def temperature_of_one(length: int, original_length: int) -> float:
+    """:func:`temperature` of one length, on the host and in double precision."""
+    return _of_ratio(max(1.0, length / original_length), math.log)
 
 
 def temperature(seqlens: Tensor | Sequence[int], original_length: int) -> Tensor:
@@ -37,4 +51,4 @@ def temperature(seqlens: Tensor | Sequence[int], original_length: int) -> Tensor
         raise TypeError(f"seqlens must be a tensor or a sequence of ints, got {type(seqlens).__name__}")
     # Where the ratio is below 1 its logarithm would be dropped anyway; that of an empty sequence has none.
     ratio = (seqlens.to(torch.float64) / original_length).clamp(min=1)
-    return (0.1 * ratio.log() + 1).square().to(torch.float32)
+    return _of_ratio(ratio, torch.log).to(torch.float32)

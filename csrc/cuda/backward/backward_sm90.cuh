@@ -100,7 +100,7 @@ struct BackwardSm90 {
       ptx::wgmma_wait<1>();
       ptx::pin(dq[0]);
       Block::wait_part_free(warpgroup);
-      Block::template store_panels<0, Block::kGradientPanels>(dq, dq_part(warpgroup));
+      Block::store_part(dq, dq_part(warpgroup));
       Block::pass_part_on(warpgroup);
       // Behind the last tile the next S is of no use and does no harm.
       if constexpr (!kEarlyValues) start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(next.index));

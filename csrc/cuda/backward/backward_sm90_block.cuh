@@ -225,7 +225,7 @@ struct BackwardSm90Block {
   }
 
   static constexpr int kConsumerBarrier = 1;
-  // Barriers of one of the warpgroups: + warpgroup. Kernels have 4 to 7 for themselves.
+  // Barriers of one of the warpgroups: + warpgroup. Kernels have 4 to 7 and 10 on for themselves.
   static constexpr int kPartFullBarrier = 2;  // its part of dQ is in shared memory
   static constexpr int kPartFreeBarrier = 8;  // and may be written again
   static constexpr int kPartThreads = 128 + 32;
@@ -313,15 +313,14 @@ struct BackwardSm90Block {
   static constexpr int kGradientPanels = kQueryColumns / 32;
   static constexpr int kGradientPanelBytes = 64 * 128;
 
-  // Writes panels of this warpgroup's part of dQ to shared memory. Rows behind the tile's queries are zero.
-  template <int kBegin, int kEnd>
-  static __device__ __forceinline__ void store_panels(const QueryGradients& dq, uint32_t part) {
+  // Writes this warpgroup's part of dQ to shared memory. Rows behind the tile's queries are zero.
+  static __device__ __forceinline__ void store_part(const QueryGradients& dq, uint32_t part) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = threadIdx.x / 32 % 4 * 16 + half * 8 + lane / 4;
 #pragma unroll
-      for (int block = kBegin * 4; block < kEnd * 4; ++block) {
+      for (int block = 0; block < kQueryColumns / 8; ++block) {
         const int chunk = block % 4 * 2 + lane % 4 / 2;
         store_shared(part + block / 4 * kGradientPanelBytes + row * 128 + (chunk ^ (row % 8)) * 16 + lane % 2 * 8,
                      dq[0][block][2 * half], dq[0][block][2 * half + 1]);

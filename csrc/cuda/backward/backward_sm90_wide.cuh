@@ -144,7 +144,7 @@ struct BackwardSm90Wide {
       ptx::pin(dq[0]);
       const uint32_t part = rows<kGradient>(ring.index).base;
       Block::wait_part_free(kGradient);
-      Block::template store_panels<0, Block::kGradientPanels>(dq, part);
+      Block::store_part(dq, part);
       Block::pass_part_on(kGradient);
       // There is no room for dQ beside the next logits. Behind the last tile these are of no use and do no harm.
       start_logits<kGradient>(logits, next.index);

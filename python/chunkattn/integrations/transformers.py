@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import chunkattn
+from chunkattn._temperature import temperature_of_one
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -46,9 +47,7 @@ _STATE = "_chunkattn_dca"
 
 @dataclass(frozen=True)
 class LengthTemperature:
-    """The logit temperature of Qwen2.5-1M (arXiv 2501.15383): t = m^2, m = max(1, 0.1 ln(L / original_length) + 1).
-
-    :func:`chunkattn.temperature` for one length on the host, in double precision.
+    """The logit temperature of Qwen2.5-1M, as :func:`chunkattn.temperature` has it, for one length on the host.
 
     Attributes:
         original_length: tokens up to which the temperature is 1.
@@ -58,9 +57,7 @@ class LengthTemperature:
 
     def __call__(self, length: int) -> float:
         """The temperature of a sequence of `length` tokens."""
-        if length <= self.original_length:
-            return 1.0
-        return (0.1 * math.log(length / self.original_length) + 1) ** 2
+        return temperature_of_one(length, self.original_length)
 
 
 def enable_dca(
