@@ -16,6 +16,13 @@ using ParallelFor = void (*)(int64_t count, ParallelBody body, void* context);
 void dca_forward(const ForwardParams& params, ParallelFor parallel_for);
 void dca_backward(const BackwardParams& params, ParallelFor parallel_for);
 
+void select(const SelectParams& params, ParallelFor parallel_for);
+void select_merge_forward(const SelectMergeParams& params, ParallelFor parallel_for);
+void select_merge_backward(const SelectMergeBackwardParams& params, ParallelFor parallel_for);
+
+// Appends the new keys and values to the cache, then attends.
+void dca_decode(const DecodeParams& params, ParallelFor parallel_for);
+
 }  // namespace cpu
 
 namespace cuda {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "geometry.h"
+#include "regions.h"
 
 namespace chunkattn {
 
@@ -86,6 +87,106 @@ struct BackwardWorkspace {
   int* turns;           // [batch * heads, query tiles], zeros: whose turn it is to add to dq; null when order is free
   size_t zeroed_bytes;  // of all dq, turns and the succ queries, which lie one behind the other
   bool dk_rotated;      // dk is wanted with respect to rotated keys: they arrived so
+};
+
+// Chooses the regions that each group of queries attends to.
+struct SelectParams {
+  const void* q;  // [batch, seqlen, heads, head_dim]
+  const void* k;  // [batch, seqlen, kv_heads, head_dim]
+  Strides q_strides;
+  Strides k_strides;
+  AttentionShape shape;  // seqlen_q = seqlen_k
+  DataType dtype;        // of q and k
+  RegionGeometry geometry;
+  int top_k;
+  Eligibility eligibility;
+  Voters voters;
+  int index_heads;  // kv_heads: scores summed over the query heads that share a KV head; heads: one choice for each
+  int* indices;     // [batch, index_heads, groups, top_k], contiguous: ids ascending, then -1
+};
+
+// The regions each group attends to beside itself.
+struct RegionLists {
+  const int* indices;  // [batch, index_heads, groups, capacity], contiguous; ids in any order, others than
+                       // RegionGeometry::may_attend() allows are ignored
+  int index_heads;     // kv_heads or heads
+  int capacity;
+  RegionGeometry geometry;
+};
+
+// Attention to lists of regions and causally within each group. Rows are taken as they are: nothing is rotated.
+struct SelectMergeParams {
+  const void* q;       // [batch, seqlen, heads, head_dim]
+  const void* k;       // [batch, seqlen, kv_heads, head_dim]
+  const void* v;       // [batch, seqlen, kv_heads, head_dim]
+  void* out;           // [batch, seqlen, heads, head_dim]
+  float* softmax_lse;  // [batch, heads, seqlen], contiguous, natural logarithm
+  Strides q_strides;
+  Strides k_strides;
+  Strides v_strides;
+  Strides out_strides;
+  AttentionShape shape;  // seqlen_q = seqlen_k
+  DataType dtype;        // of q, k, v and out
+  RegionLists regions;
+  double scale;       // of the logits
+  int* tile_counter;  // [1], workspace of CUDA kernels that hand out tiles as they run; else null
+};
+
+struct SelectMergeBackwardParams {
+  SelectMergeParams forward;  // its out and softmax_lse are inputs here
+  const void* dout;           // [batch, seqlen, heads, head_dim]
+  void* dq;                   // [batch, seqlen, heads, head_dim]
+  void* dk;                   // [batch, seqlen, kv_heads, head_dim]
+  void* dv;                   // [batch, seqlen, kv_heads, head_dim]
+  Strides dout_strides;
+  Strides dq_strides;
+  Strides dk_strides;
+  Strides dv_strides;
+};
+
+// Keys, already rotated by ChunkGeometry::key_row, and values of sequences that grow.
+struct KeyValueCache {
+  void* k;            // [batch, capacity, kv_heads, head_dim], or in pages [num_pages, page_size, kv_heads, head_dim]
+  void* v;            // the same shape
+  Strides k_strides;  // batch: of a sequence, or of a page
+  Strides v_strides;
+  bool float8;                 // float8_e4m3fn, otherwise the dtype of q
+  const float* k_scale;        // [kv_heads] factors of what a float8 cache holds; null means 1
+  const float* v_scale;        // the same
+  const int* block_table;      // [batch, pages of a sequence] page ids, or null
+  int64_t block_table_stride;  // of a sequence
+  int num_pages;               // ids outside 0 .. num_pages - 1 are never read
+  int page_size;               // tokens
+  int capacity;                // tokens a sequence can have: rows of the cache, or page_size times the table's width
+  const int* cache_seqlens;    // [batch], on the device of q: tokens in the cache before this call's keys are appended
+};
+
+// A step of decoding, or a chunk of prefill, of sequences of different lengths. Query n of seqlen_q of sequence b has
+// position cache_seqlens[b] + seqlen_new - seqlen_q + n.
+struct DecodeParams {
+  const void* q;       // [batch, seqlen_q, heads, head_dim]
+  const void* new_k;   // [batch, seqlen_new, kv_heads, head_dim], raw, to be appended to the cache; or null
+  const void* new_v;   // the same shape
+  void* out;           // [batch, seqlen_q, heads, head_dim]
+  float* softmax_lse;  // [batch, heads, seqlen_q], contiguous, natural logarithm
+  Strides q_strides;
+  Strides new_k_strides;
+  Strides new_v_strides;
+  Strides out_strides;
+  int batch;
+  int seqlen_q;
+  int seqlen_new;  // 0 without new keys
+  int heads;
+  int kv_heads;
+  int head_dim;
+  DataType dtype;  // of q, new_k, new_v and out
+  KeyValueCache cache;
+  ChunkGeometry geometry;
+  RotaryTable rotary;
+  double scale;              // of the logits
+  const float* temperature;  // [batch], multiplies scale; null means 1
+  bool q_rotated;            // queries arrive rotated at row position % stride
+  int num_splits;            // parts in which each sequence's keys are attended at once; 0: the kernel chooses
 };
 
 }  // namespace chunkattn
