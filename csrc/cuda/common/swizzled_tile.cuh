@@ -21,6 +21,10 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint16_t element)
   asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(address), "h"(element) : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, uint8_t element) {
+  asm volatile("st.shared.b8 [%0], %1;\n" ::"r"(address), "r"(static_cast<uint32_t>(element)) : "memory");
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(first), "f"(second) : "memory");
 }

@@ -1,0 +1,20 @@
+// The launchers of decoding: those that the instantiation files define, one file per element type and head_dim, and
+// that of the append.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/decode/paths.h"
+#include "cuda/decode/plan.h"
+#include "params.h"
+
+namespace chunkattn::cuda {
+
+// Each returns null, or a sentence that says what failed.
+template <typename T, int kHeadDim>
+const char* launch_decode(const DecodeParams& params, const DecodeWorkspace& workspace, const DecodePaths& paths,
+                          const DecodePlan& plan, bool dependent_launch, cudaStream_t stream);
+
+const char* launch_append(const DecodeParams& params, cudaStream_t stream);
+
+}  // namespace chunkattn::cuda
