@@ -7,6 +7,9 @@
 // from its own.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "cuda/common/softmax_state.cuh"
 #include "cuda/decode/key_stream.cuh"
 #include "cuda/decode/paths.h"
@@ -188,7 +191,7 @@ struct DecodeSm80 {
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(softmax.row_sum[0][half]);
       const float maximum = softmax.row_max[0][half] == -INFINITY ? -INFINITY : softmax.row_max[0][half] * scale_log2;
-      if (lane % 4 == 0) states[team()][warp_row() + lane / 4 + half * 8] = {maximum, sum};
+      if (lane % 4 == 0) states[team()][warp_row() + lane / 4 + half * 8] = SoftmaxState{maximum, sum};
     }
     __syncthreads();  // the states are there, and no warp reads queries any more
     float weight[1][2];
@@ -198,27 +201,31 @@ struct DecodeSm80 {
       weight[0][half] = states[team()][row].weight_in(whole_state(states, row).maximum);
     }
     scale_rows(output, weight);
-    // The teams take turns with the columns: in every round each adds to columns of its own.
-    constexpr int kPartBlocks = kDimBlocks / kTeams;
+    // The teams take turns with the columns: in every round each adds to a part of its own. Parts are constants,
+    // because registers have no index.
 #pragma unroll 1
     for (int round = 0; round < kTeams; ++round) {
       if (round > 0) __syncthreads();
-#pragma unroll
-      for (int part = 0; part < kTeams; ++part) {
-        if (part == (team() + round) % kTeams) {
-#pragma unroll
-          for (int n = 0; n < kPartBlocks; ++n) {
-            const int block = part * kPartBlocks + n;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float& sum = sums[(warp_row() + lane / 4 + i / 2 * 8) * kSumStride + Products::output_column(block, i)];
-              sum = round == 0 ? output[0][block][i] : sum + output[0][block][i];
-            }
-          }
-        }
-      }
+      const int part = (team() + round) % kTeams;
+      [&]<int... kParts>(std::integer_sequence<int, kParts...>) {
+        ((part == kParts ? add_part<kParts>(sums, output, round == 0) : void()), ...);
+      }(std::make_integer_sequence<int, kTeams>{});
     }
     __syncthreads();
+  }
+
+  template <int kPart>
+  static __device__ __forceinline__ void add_part(float* sums, const Output& output, bool is_first) {
+    constexpr int kBlocks = kDimBlocks / kTeams;
+#pragma unroll
+    for (int block = kPart * kBlocks; block < (kPart + 1) * kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = warp_row() + threadIdx.x % 32 / 4 + i / 2 * 8;
+        float& sum = sums[row * kSumStride + Products::output_column(block, i)];
+        sum = is_first ? output[0][block][i] : sum + output[0][block][i];
+      }
+    }
   }
 
   static __device__ __forceinline__ SoftmaxState whole_state(const SoftmaxState (&states)[kTeams][kTileM], int row) {

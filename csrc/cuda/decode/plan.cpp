@@ -1,6 +1,7 @@
 #include "cuda/decode/plan.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -11,7 +12,7 @@ namespace chunkattn::cuda {
 namespace {
 
 // Fewer keys are not worth a thread block of their own.
-constexpr int kMinKeys = 256;
+constexpr int kMinKeys = 128;
 
 // What the runtime takes of a thread block's share of shared memory, and static arrays.
 constexpr int kReservedSharedMemory = 2048;
@@ -55,7 +56,9 @@ void choose_groups(const DecodeParams& params, const DecodeDevice& device, Decod
                  kMaxBlocksPerMultiprocessor);
   const int64_t slots = static_cast<int64_t>(device.multiprocessors) * per_multiprocessor;
   if (params.num_splits > 0) {
-    plan.splits = static_cast<int>(std::min<int64_t>(params.num_splits, capacity_tiles));
+    const int64_t most = INT32_MAX / (int64_t{2} * params.batch * plan.planes + 1);
+    plan.splits = static_cast<int>(
+        std::clamp<int64_t>(params.num_splits, 1, std::max<int64_t>(std::min(most, capacity_tiles), 1)));
   } else if (plan.planes >= slots || capacity_tiles <= 2 * plan.min_tiles) {
     plan.splits = 1;
   }
