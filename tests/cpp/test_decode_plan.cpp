@@ -113,8 +113,14 @@ void test_equal_shares() {
       }
     }
   }
-  const EqualShares large{INT_MAX / 2, 1000};
-  CHECK(large.begin(1000) == INT_MAX / 2 && large.group_of(INT_MAX / 2 - 1) == 999, "large shares");
+  for (const int groups : {1, 264, 1024, (1 << 15) - 1}) {
+    for (const int tiles : {INT_MAX, INT_MAX / 2, 1 << 20}) {
+      const EqualShares shares{tiles, groups};
+      for (int group = 0; group <= groups; ++group) {
+        CHECK(shares.begin(group) == int64_t{group} * tiles / groups, "group ", group, " of ", groups);
+      }
+    }
+  }
 }
 
 // No two parts of sequences are left in one place.

@@ -8,9 +8,9 @@
 
 namespace chunkattn::cuda {
 
-constexpr int kCombineWarps = 4;
+constexpr int kCombineWarps = 8;
 
-// One thread block for every row of every sequence. Warps take every fourth group each.
+// One thread block for every row of every sequence. Warps share its groups.
 template <typename T, int kHeadDim>
 struct DecodeCombine {
   static constexpr int kPerLane = kHeadDim / 32;

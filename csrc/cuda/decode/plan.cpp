@@ -1,7 +1,6 @@
 #include "cuda/decode/plan.h"
 
 #include <algorithm>
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -18,6 +17,8 @@ constexpr int kMinKeys = 128;
 constexpr int kReservedSharedMemory = 2048;
 
 constexpr int kMaxBlocksPerMultiprocessor = 2;
+
+constexpr int kMaxSplits = 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -56,9 +57,7 @@ void choose_groups(const DecodeParams& params, const DecodeDevice& device, Decod
                  kMaxBlocksPerMultiprocessor);
   const int64_t slots = static_cast<int64_t>(device.multiprocessors) * per_multiprocessor;
   if (params.num_splits > 0) {
-    const int64_t most = INT32_MAX / (int64_t{2} * params.batch * plan.planes + 1);
-    plan.splits = static_cast<int>(
-        std::clamp<int64_t>(params.num_splits, 1, std::max<int64_t>(std::min(most, capacity_tiles), 1)));
+    plan.splits = static_cast<int>(std::min<int64_t>({params.num_splits, kMaxSplits, capacity_tiles}));
   } else if (plan.planes >= slots || capacity_tiles <= 2 * plan.min_tiles) {
     plan.splits = 1;
   }

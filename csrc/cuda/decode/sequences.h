@@ -43,13 +43,14 @@ CHUNKATTN_HOST_DEVICE int visible_tiles(const DecodeParams& params, const Decode
   return visible <= plan.tile_keys ? 1 : (visible - 1) / plan.tile_keys + 1;
 }
 
-// `tiles` in a row that `groups` share equally: group g takes those from begin(g) to begin(g + 1).
+// `tiles` in a row that `groups`, fewer than 2^15, share equally: group g takes those from begin(g) to begin(g + 1).
 struct EqualShares {
   int tiles;
   int groups;
 
+  // group * tiles / groups, without the product, which needs 64 bits.
   CHUNKATTN_HOST_DEVICE int begin(int group) const {
-    return static_cast<int>(static_cast<int64_t>(group) * tiles / groups);
+    return group * (tiles / groups) + group * (tiles % groups) / groups;
   }
   CHUNKATTN_HOST_DEVICE int group_of(int tile) const {
     return static_cast<int>(((static_cast<int64_t>(tile) + 1) * groups - 1) / tiles);
