@@ -2,7 +2,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 
 namespace chunkattn::bindings {
@@ -26,6 +29,48 @@ DataType data_type(ScalarType type) {
   }
 }
 
+RotaryTable rotary_table(const Tensor& cos, const Tensor& sin, bool interleaved) {
+  return {static_cast<const float*>(cos.const_data_ptr()), static_cast<const float*>(sin.const_data_ptr()),
+          cos.stride(0), static_cast<int>(2 * cos.size(1)), interleaved};
+}
+
+ChunkGeometry chunk_geometry(int64_t chunk_size, int64_t local_size) {
+  return {static_cast<int>(chunk_size), static_cast<int>(local_size)};
+}
+
+double logit_scale(std::optional<double> scale, const Tensor& q) {
+  return scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(3))));
+}
+
+// Null for an absent tensor.
+template <class Element>
+const Element* data_of(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const Element*>(tensor->const_data_ptr()) : nullptr;
+}
+
+KeyValueCache key_value_cache(const DecodeArguments& arguments) {
+  const Tensor& k = arguments.k_cache;
+  KeyValueCache cache{};
+  cache.k = k.mutable_data_ptr();
+  cache.v = arguments.v_cache.mutable_data_ptr();
+  cache.k_strides = strides_of(k);
+  cache.v_strides = strides_of(arguments.v_cache);
+  cache.float8 = k.scalar_type() == ScalarType::Float8_e4m3fn;
+  cache.k_scale = data_of<float>(arguments.k_scale);
+  cache.v_scale = data_of<float>(arguments.v_scale);
+  cache.block_table = data_of<int>(arguments.block_table);
+  cache.num_pages = static_cast<int>(k.size(0));
+  cache.page_size = static_cast<int>(k.size(1));
+  int64_t capacity = k.size(1);
+  if (arguments.block_table) {
+    cache.block_table_stride = arguments.block_table->stride(0);
+    capacity *= arguments.block_table->size(1);
+  }
+  cache.capacity = static_cast<int>(std::min<int64_t>(capacity, std::numeric_limits<int>::max()));
+  cache.cache_seqlens = static_cast<const int*>(arguments.cache_seqlens.const_data_ptr());
+  return cache;
+}
+
 }  // namespace
 
 Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
@@ -33,8 +78,6 @@ Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stri
 ForwardParams forward_params(const DcaArguments& arguments, const Tensor& out, const Tensor& softmax_lse) {
   const Tensor& q = arguments.q;
   const Tensor& k = arguments.k;
-  const double head_dim = static_cast<double>(q.size(3));
-
   ForwardParams params{};
   params.q = q.const_data_ptr();
   params.k = k.const_data_ptr();
@@ -52,22 +95,51 @@ ForwardParams forward_params(const DcaArguments& arguments, const Tensor& out, c
   params.shape.kv_heads = static_cast<int>(k.size(2));
   params.shape.head_dim = static_cast<int>(q.size(3));
   params.dtype = data_type(q.scalar_type());
-  params.geometry.chunk_size = static_cast<int>(arguments.chunk_size);
-  params.geometry.local_size = static_cast<int>(arguments.local_size);
-  params.rotary.cos = static_cast<const float*>(arguments.cos.const_data_ptr());
-  params.rotary.sin = static_cast<const float*>(arguments.sin.const_data_ptr());
-  params.rotary.row_stride = arguments.cos.stride(0);
-  params.rotary.rotary_dim = static_cast<int>(2 * arguments.cos.size(1));
-  params.rotary.interleaved = arguments.interleaved;
-  params.scale = arguments.scale.value_or(1.0 / std::sqrt(head_dim));
-  if (arguments.temperature) {
-    params.temperature = static_cast<const float*>(arguments.temperature->const_data_ptr());
-  }
+  params.geometry = chunk_geometry(arguments.chunk_size, arguments.local_size);
+  params.rotary = rotary_table(arguments.cos, arguments.sin, arguments.interleaved);
+  params.scale = logit_scale(arguments.scale, q);
+  params.temperature = data_of<float>(arguments.temperature);
   params.q_rotated = arguments.q_rotated;
   params.k_rotated = arguments.k_rotated;
   return params;
 }
 
+DecodeParams decode_params(const DecodeArguments& arguments, const Tensor& out, const Tensor& softmax_lse) {
+  const Tensor& q = arguments.q;
+  DecodeParams params{};
+  params.q = q.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  params.softmax_lse = static_cast<float*>(softmax_lse.mutable_data_ptr());
+  params.q_strides = strides_of(q);
+  params.out_strides = strides_of(out);
+  if (arguments.k) {
+    params.new_k = arguments.k->const_data_ptr();
+    params.new_v = arguments.v->const_data_ptr();
+    params.new_k_strides = strides_of(*arguments.k);
+    params.new_v_strides = strides_of(*arguments.v);
+    params.seqlen_new = static_cast<int>(arguments.k->size(1));
+  }
+  params.batch = static_cast<int>(q.size(0));
+  params.seqlen_q = static_cast<int>(q.size(1));
+  params.heads = static_cast<int>(q.size(2));
+  params.kv_heads = static_cast<int>(arguments.k_cache.size(2));
+  params.head_dim = static_cast<int>(q.size(3));
+  params.dtype = data_type(q.scalar_type());
+  params.cache = key_value_cache(arguments);
+  params.geometry = chunk_geometry(arguments.chunk_size, arguments.local_size);
+  params.rotary = rotary_table(arguments.cos, arguments.sin, arguments.interleaved);
+  params.scale = logit_scale(arguments.scale, q);
+  params.temperature = data_of<float>(arguments.temperature);
+  params.q_rotated = arguments.q_rotated;
+  params.num_splits = static_cast<int>(arguments.num_splits);
+  return params;
+}
+
 Tensor new_contiguous(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+
+Tensor new_softmax_lse(const Tensor& q) {
+  const std::array<int64_t, 3> shape{q.size(0), q.size(2), q.size(1)};
+  return torch::stable::new_empty(q, {shape.data(), shape.size()}, ScalarType::Float);
+}
 
 }  // namespace chunkattn::bindings

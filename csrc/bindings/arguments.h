@@ -1,4 +1,4 @@
-// The arguments of the dca operators, as torch hands them over and as the kernels take them.
+// The arguments of the operators, as torch hands them over and as the kernels take them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -26,12 +26,38 @@ struct DcaArguments {
   bool k_rotated;
 };
 
+struct DecodeArguments {
+  Tensor q;              // [batch, seqlen_q, heads, head_dim]
+  Tensor k_cache;        // [batch, capacity, kv_heads, head_dim], or pages [num_pages, page_size, kv_heads, head_dim]
+  Tensor v_cache;        // the same shape
+  Tensor cos;            // float32 [>= chunk_size + 1, rotary_dim / 2]
+  Tensor sin;            // the same shape and strides
+  Tensor cache_seqlens;  // int32 [batch]
+  int64_t chunk_size;
+  int64_t local_size;
+  std::optional<Tensor> block_table;  // int32 [batch, pages of a sequence]
+  std::optional<Tensor> k;            // [batch, seqlen_new, kv_heads, head_dim], raw
+  std::optional<Tensor> v;            // the same shape
+  std::optional<Tensor> k_scale;      // float32 [kv_heads], of a float8 cache; absent: 1
+  std::optional<Tensor> v_scale;      // the same
+  int64_t num_splits;                 // 0: the kernel chooses
+  std::optional<double> scale;        // absent: 1 / sqrt(head_dim)
+  std::optional<Tensor> temperature;  // float32 [batch], absent: 1
+  bool interleaved;
+  bool q_rotated;
+};
+
 Strides strides_of(const Tensor& tensor);
 
 // The arguments must have passed their checks. softmax_lse is contiguous [batch, heads, seqlen_q].
 ForwardParams forward_params(const DcaArguments& arguments, const Tensor& out, const Tensor& softmax_lse);
 
+DecodeParams decode_params(const DecodeArguments& arguments, const Tensor& out, const Tensor& softmax_lse);
+
 // A tensor like `like`, contiguous and uninitialised.
 Tensor new_contiguous(const Tensor& like);
+
+// float32 [batch, heads, seqlen_q] for the log-sum-exps of q, uninitialised.
+Tensor new_softmax_lse(const Tensor& q);
 
 }  // namespace chunkattn::bindings

@@ -6,6 +6,7 @@
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace chunkattn::bindings {
 
@@ -47,6 +48,8 @@ std::string dtype_of(const Tensor& tensor) {
       return "bfloat16";
     case ScalarType::Half:
       return "float16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return torch::headeronly::toString(tensor.scalar_type());
   }
@@ -110,6 +113,18 @@ void check_q_dtype_and_head_dim(const Tensor& q) {
   }
 }
 
+void check_heads(const Tensor& q, const char* keys, int64_t kv_heads) {
+  const int64_t heads = q.size(2);
+  check(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0,
+        "q must have a number of heads that is a multiple of the heads of ", keys, ", got ", heads, " and ", kv_heads);
+}
+
+void check_sizes(const char* name, const Tensor& tensor) {
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    check(tensor.size(i) <= kMaxSize, name, " must have sizes below 2**31, got shape ", shape_of(tensor));
+  }
+}
+
 void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_rank("q", q, 4, "[batch, seqlen_q, heads, head_dim]");
   check_rank("k", k, 4, "[batch, seqlen_k, kv_heads, head_dim]");
@@ -123,15 +138,10 @@ void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
   check(k.size(0) == q.size(0), "k must have the batch size of q, ", q.size(0), ", got ", k.size(0));
   check(k.size(3) == q.size(3), "k must have the head dimension of q, ", q.size(3), ", got ", k.size(3));
   check(same_shape(v, k), "v must have the shape of k, ", shape_of(k), ", got ", shape_of(v));
-  const int64_t heads = q.size(2);
-  const int64_t kv_heads = k.size(2);
-  check(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0,
-        "q must have a number of heads that is a multiple of the heads of k, got ", heads, " and ", kv_heads);
+  check_heads(q, "k", k.size(2));
   check(q.size(1) <= k.size(1), "q must not be longer than k, got seqlen_q ", q.size(1), " and seqlen_k ", k.size(1));
-  for (int64_t i = 0; i < 4; ++i) {
-    check(q.size(i) <= kMaxSize, "q must have sizes below 2**31, got shape ", shape_of(q));
-    check(k.size(i) <= kMaxSize, "k must have sizes below 2**31, got shape ", shape_of(k));
-  }
+  check_sizes("q", q);
+  check_sizes("k", k);
   check_last_dim("q", q);
   check_last_dim("k", k);
   check_last_dim("v", v);
@@ -143,27 +153,30 @@ void check_chunks(int64_t chunk_size, int64_t local_size) {
         " with chunk_size ", chunk_size);
 }
 
-void check_table(const char* name, const Tensor& table, const DcaArguments& arguments) {
+void check_table(const char* name, const Tensor& table, const Tensor& q, int64_t chunk_size) {
   check_rank(name, table, 2, "[chunk_size + 1, rotary_dim / 2]");
-  check_device(name, table, arguments.q);
+  check_device(name, table, q);
   check_float32(name, table);
-  check(table.size(0) >= arguments.chunk_size + 1, name,
-        " must have at least chunk_size + 1 = ", arguments.chunk_size + 1, " rows, got ", table.size(0));
-  const int64_t head_dim = arguments.q.size(3);
+  check(table.size(0) >= chunk_size + 1, name, " must have at least chunk_size + 1 = ", chunk_size + 1, " rows, got ",
+        table.size(0));
+  const int64_t head_dim = q.size(3);
   check(table.size(1) >= 1 && table.size(1) <= head_dim / 2, name,
         " must have rotary_dim / 2 columns with rotary_dim in 2 .. head_dim = ", head_dim, ", got ", table.size(1),
         " columns");
   check_last_dim(name, table);
 }
 
-void check_rotary(const DcaArguments& arguments) {
-  const Tensor& cos = arguments.cos;
-  const Tensor& sin = arguments.sin;
-  check_table("cos", cos, arguments);
-  check_table("sin", sin, arguments);
+void check_rotary(const Tensor& cos, const Tensor& sin, const Tensor& q, int64_t chunk_size) {
+  check_table("cos", cos, q, chunk_size);
+  check_table("sin", sin, q, chunk_size);
   check(same_shape(cos, sin), "sin must have the shape of cos, ", shape_of(cos), ", got ", shape_of(sin));
   check(cos.stride(0) == sin.stride(0), "sin must have the row stride of cos, ", cos.stride(0), ", got ", sin.stride(0),
         "; call .contiguous() on both");
+}
+
+void check_scale(std::optional<double> scale) {
+  if (!scale) return;
+  check(std::isfinite(*scale) && *scale > 0, "scale must be positive and finite, got ", *scale);
 }
 
 void check_temperature(const Tensor& temperature, const Tensor& q) {
@@ -175,16 +188,101 @@ void check_temperature(const Tensor& temperature, const Tensor& q) {
   check_last_dim("temperature", temperature);
 }
 
+void check_int32(const char* name, const Tensor& tensor, const Tensor& q) {
+  check_device(name, tensor, q);
+  check(tensor.scalar_type() == ScalarType::Int, name, " must be int32, got ", dtype_of(tensor));
+}
+
+// [batch, ...], as many as q has
+void check_batch(const char* name, const Tensor& tensor, const Tensor& q) {
+  check(tensor.size(0) == q.size(0), name, " must have the batch size of q, ", q.size(0), ", got ", tensor.size(0));
+}
+
+void check_cache(const DecodeArguments& arguments) {
+  const Tensor& q = arguments.q;
+  const Tensor& k_cache = arguments.k_cache;
+  const char* const dimensions =
+      arguments.block_table ? "[num_pages, page_size, kv_heads, head_dim]" : "[batch, capacity, kv_heads, head_dim]";
+  check_rank("k_cache", k_cache, 4, dimensions);
+  check_rank("v_cache", arguments.v_cache, 4, dimensions);
+  check_device("k_cache", k_cache, q);
+  check_device("v_cache", arguments.v_cache, q);
+  const bool float8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
+  check(float8 || k_cache.scalar_type() == q.scalar_type(), "k_cache must have the dtype of q, ", dtype_of(q),
+        ", or be float8_e4m3fn, got ", dtype_of(k_cache));
+  check(!float8 || q.scalar_type() != ScalarType::Double,
+        "q must be float32, bfloat16 or float16 with a float8_e4m3fn cache, got float64");
+  check(arguments.v_cache.scalar_type() == k_cache.scalar_type(), "v_cache must have the dtype of k_cache, ",
+        dtype_of(k_cache), ", got ", dtype_of(arguments.v_cache));
+  check(k_cache.size(3) == q.size(3), "k_cache must have the head dimension of q, ", q.size(3), ", got ",
+        k_cache.size(3));
+  check(same_shape(arguments.v_cache, k_cache), "v_cache must have the shape of k_cache, ", shape_of(k_cache), ", got ",
+        shape_of(arguments.v_cache));
+  check_heads(q, "k_cache", k_cache.size(2));
+  check_sizes("k_cache", k_cache);
+  check_last_dim("k_cache", k_cache);
+  check_last_dim("v_cache", arguments.v_cache);
+  const std::pair<const char*, const std::optional<Tensor>&> scales[] = {{"k_scale", arguments.k_scale},
+                                                                         {"v_scale", arguments.v_scale}};
+  for (const auto& [name, factors] : scales) {
+    if (!factors) continue;
+    check(float8, name, " must be None unless the cache is float8_e4m3fn, got a tensor with a ", dtype_of(k_cache),
+          " cache");
+    check_rank(name, *factors, 1, "[kv_heads]");
+    check_device(name, *factors, q);
+    check_float32(name, *factors);
+    check(factors->size(0) == k_cache.size(2), name, " must have one element per KV head, ", k_cache.size(2), ", got ",
+          factors->size(0));
+    check_last_dim(name, *factors);
+  }
+}
+
+void check_pages(const DecodeArguments& arguments) {
+  const Tensor& q = arguments.q;
+  check_rank("cache_seqlens", arguments.cache_seqlens, 1, "[batch]");
+  check_int32("cache_seqlens", arguments.cache_seqlens, q);
+  check_batch("cache_seqlens", arguments.cache_seqlens, q);
+  check_last_dim("cache_seqlens", arguments.cache_seqlens);
+  if (!arguments.block_table) return check_batch("k_cache", arguments.k_cache, q);
+  const Tensor& block_table = *arguments.block_table;
+  check_rank("block_table", block_table, 2, "[batch, pages of a sequence]");
+  check_int32("block_table", block_table, q);
+  check_batch("block_table", block_table, q);
+  check_last_dim("block_table", block_table);
+  check(arguments.k_cache.size(1) > 0, "k_cache must have pages of at least 1 token, got shape ",
+        shape_of(arguments.k_cache));
+}
+
+void check_new_keys(const DecodeArguments& arguments) {
+  check(arguments.k.has_value() == arguments.v.has_value(), "k and v must be given together, got ",
+        arguments.k ? "k" : "v", " alone");
+  if (!arguments.k) return;
+  const Tensor& q = arguments.q;
+  const Tensor& k = *arguments.k;
+  const Tensor& v = *arguments.v;
+  check_rank("k", k, 4, "[batch, seqlen_new, kv_heads, head_dim]");
+  check_rank("v", v, 4, "[batch, seqlen_new, kv_heads, head_dim]");
+  check_device("k", k, q);
+  check_device("v", v, q);
+  check_dtype_of_q("k", k, q);
+  check_dtype_of_q("v", v, q);
+  check_batch("k", k, q);
+  check(k.size(2) == arguments.k_cache.size(2), "k must have the heads of k_cache, ", arguments.k_cache.size(2),
+        ", got ", k.size(2));
+  check(k.size(3) == q.size(3), "k must have the head dimension of q, ", q.size(3), ", got ", k.size(3));
+  check(same_shape(v, k), "v must have the shape of k, ", shape_of(k), ", got ", shape_of(v));
+  check_sizes("k", k);
+  check_last_dim("k", k);
+  check_last_dim("v", v);
+}
+
 }  // namespace
 
 void check_dca(const DcaArguments& arguments) {
   check_qkv(arguments.q, arguments.k, arguments.v);
   check_chunks(arguments.chunk_size, arguments.local_size);
-  check_rotary(arguments);
-  if (arguments.scale) {
-    check(std::isfinite(*arguments.scale) && *arguments.scale > 0, "scale must be positive and finite, got ",
-          *arguments.scale);
-  }
+  check_rotary(arguments.cos, arguments.sin, arguments.q, arguments.chunk_size);
+  check_scale(arguments.scale);
   if (arguments.temperature) check_temperature(*arguments.temperature, arguments.q);
 }
 
@@ -208,6 +306,47 @@ void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const
   check_last_dim("dout", dout);
   check_last_dim("out", out);
   check(softmax_lse.is_contiguous(), "softmax_lse must be contiguous; call .contiguous()");
+}
+
+void check_decode(const DecodeArguments& arguments, const Tensor* out) {
+  const Tensor& q = arguments.q;
+  check_rank("q", q, 4, "[batch, seqlen_q, heads, head_dim]");
+  check_q_dtype_and_head_dim(q);
+  check_sizes("q", q);
+  check_last_dim("q", q);
+  check_cache(arguments);
+  check_pages(arguments);
+  check_new_keys(arguments);
+  check_chunks(arguments.chunk_size, arguments.local_size);
+  check_rotary(arguments.cos, arguments.sin, q, arguments.chunk_size);
+  check_scale(arguments.scale);
+  if (arguments.temperature) check_temperature(*arguments.temperature, q);
+  check(arguments.num_splits >= 0 && arguments.num_splits <= kMaxSize, "num_splits must be 0 or more, got ",
+        arguments.num_splits);
+  if (out == nullptr) return;
+  check_rank("out", *out, 4, "[batch, seqlen_q, heads, head_dim]");
+  check_device("out", *out, q);
+  check_dtype_of_q("out", *out, q);
+  check(same_shape(*out, q), "out must have the shape of q, ", shape_of(q), ", got ", shape_of(*out));
+  check_last_dim("out", *out);
+}
+
+void check_cache_contents(const DecodeParams& params) {
+  const KeyValueCache& cache = params.cache;
+  for (int batch = 0; batch < params.batch; ++batch) {
+    const int64_t cached = cache.cache_seqlens[batch];
+    const int64_t total = cached + params.seqlen_new;
+    check(cached >= 0 && total <= cache.capacity, "cache_seqlens[", batch, "] must lie in 0 .. ",
+          cache.capacity - int64_t{params.seqlen_new}, ", the capacity ", cache.capacity, " less ", params.seqlen_new,
+          " new tokens, got ", cached);
+    if (cache.block_table == nullptr) continue;
+    const int64_t pages = (total + cache.page_size - 1) / cache.page_size;
+    for (int64_t page = 0; page < pages; ++page) {
+      const int id = cache.block_table[batch * cache.block_table_stride + page];
+      check(id >= 0 && id < cache.num_pages, "block_table[", batch, ", ", page, "] must name one of ", cache.num_pages,
+            " pages, got ", id);
+    }
+  }
 }
 
 }  // namespace chunkattn::bindings

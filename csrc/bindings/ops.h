@@ -33,4 +33,19 @@ std::tuple<Tensor, Tensor, Tensor> dca_backward_cuda(Tensor dout, Tensor q, Tens
                                                      std::optional<Tensor> temperature, bool interleaved,
                                                      bool q_rotated, bool k_rotated, bool deterministic);
 
+// Append k and v to the cache, then attend. Return out [batch, seqlen_q, heads, head_dim] and softmax_lse [batch,
+// heads, seqlen_q], or write to the given out and return softmax_lse.
+std::tuple<Tensor, Tensor> dca_with_kvcache_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin,
+                                                Tensor cache_seqlens, int64_t chunk_size, int64_t local_size,
+                                                std::optional<Tensor> block_table, std::optional<Tensor> k,
+                                                std::optional<Tensor> v, std::optional<Tensor> k_scale,
+                                                std::optional<Tensor> v_scale, int64_t num_splits,
+                                                std::optional<double> scale, std::optional<Tensor> temperature,
+                                                bool interleaved, bool q_rotated);
+Tensor dca_with_kvcache_out_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin, Tensor cache_seqlens,
+                                int64_t chunk_size, int64_t local_size, std::optional<Tensor> block_table,
+                                std::optional<Tensor> k, std::optional<Tensor> v, std::optional<Tensor> k_scale,
+                                std::optional<Tensor> v_scale, int64_t num_splits, std::optional<double> scale,
+                                std::optional<Tensor> temperature, bool interleaved, bool q_rotated, Tensor out);
+
 }  // namespace chunkattn::bindings

@@ -93,9 +93,9 @@ class BackwardUnit {
       segment.key_begin = std::max(segment.key_begin, share_.key_begin);
       segment.key_end = std::min(segment.key_end, share_.key_end);
       if (segment.key_begin >= segment.key_end) continue;
-      load_queries<Storage>(forward, share_.batch, head, tile, segment.regime, queries_.data());
+      load_queries<Storage>(forward, share_.batch, {head, head + 1}, tile, segment.regime, queries_.data());
       if (share_.query_gradients) std::fill_n(segment_gradients_.data(), rows() * head_dim_, Accum(0));
-      for_each_block(segment, tile, kKeys, [&](const LogitBlock& block) { differentiate(block); });
+      for_each_block(segment, tile, 1, kKeys, [&](const LogitBlock& block) { differentiate(block); });
       if (share_.query_gradients) add_segment_gradients(segment.regime);
     }
     if (share_.query_gradients) {
@@ -107,14 +107,16 @@ class BackwardUnit {
 
   void differentiate(const LogitBlock& block) {
     const auto& [keys, values] = keys_and_values_;
-    const Operand* const k = keys.block(share_.batch, kv_head_, block.first_key, block.keys, key_block_.data());
-    const Operand* const v = values.block(share_.batch, kv_head_, block.first_key, block.keys, value_block_.data());
+    const auto k = keys.block(share_.batch, kv_head_, block.first_key, block.keys, key_block_.data());
+    const auto v = values.block(share_.batch, kv_head_, block.first_key, block.keys, value_block_.data());
+    const int k_stride = static_cast<int>(k.stride);
+    const int v_stride = static_cast<int>(v.stride);
     const int offset = block.first_row * head_dim_;
     const Operand* const queries = queries_.data() + offset;
     const Operand* const out_gradients = out_gradients_.data() + offset;
-    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries, head_dim_, k, keys.ld(), false,
-         logits_.data(), kStride);
-    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, out_gradients, head_dim_, v, values.ld(),
+    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries, head_dim_, k.data, k_stride,
+         false, logits_.data(), kStride);
+    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, out_gradients, head_dim_, v.data, v_stride,
          false, probability_gradients_.data(), kStride);
     Operand* const probabilities = in_place_or(logits_, separate_probabilities_);
     Operand* const logit_gradients = in_place_or(probability_gradients_, separate_logit_gradients_);
@@ -127,8 +129,8 @@ class BackwardUnit {
                                                 statistics_.lse_log2 + row, statistics_.delta + row);
     });
     if (share_.query_gradients) {
-      gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, logit_gradients, kStride, k, keys.ld(),
-           true, segment_gradients_.data() + offset, head_dim_);
+      gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, logit_gradients, kStride, k.data,
+           k_stride, true, segment_gradients_.data() + offset, head_dim_);
     }
     if (share_.key_gradients) {
       const int64_t key_offset = static_cast<int64_t>(block.first_key - share_.key_begin) * head_dim_;

@@ -10,9 +10,10 @@ void run_forward(const ForwardParams& params, ParallelFor parallel_for) {
   for_each_forward_tile<Storage, Operand>(
       params, keys_and_values, parallel_for,
       [&](const ForwardTile<Storage, Operand>& tile, int batch, int head, QueryTile query_tile) {
-        tile.write_out();
+        const int query = query_tile.begin - params.first_position();
+        tile.write_out(0, rows_of<Storage>(params.out, params.out_strides, batch, query, head));
         const int64_t row = (static_cast<int64_t>(batch) * params.shape.heads + head) * params.shape.seqlen_q;
-        float* const lse = params.softmax_lse + row + (query_tile.begin - params.first_position());
+        float* const lse = params.softmax_lse + row + query;
         for (int n = 0; n < tile.rows(); ++n) lse[n] = static_cast<float>(tile.lse_log2(n) * kLn2);
       });
 }

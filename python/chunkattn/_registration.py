@@ -48,6 +48,26 @@ def _dca_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@register_fake("chunkattn::dca_with_kvcache")
+def _dca_with_kvcache_fake(
+    q, k_cache, v_cache, cos, sin, cache_seqlens, chunk_size, local_size, block_table=None, k=None, v=None,
+    k_scale=None, v_scale=None, num_splits=0, scale=None, temperature=None, interleaved=False, q_rotated=False,
+):  # fmt: skip
+    _check_devices(
+        q, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin, cache_seqlens=cache_seqlens, block_table=block_table,
+        k=k, v=v, k_scale=k_scale, v_scale=v_scale, temperature=temperature,
+    )  # fmt: skip
+    batch, seqlen_q, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+
+
+@register_fake("chunkattn::dca_with_kvcache.out")
+def _dca_with_kvcache_out_fake(q, *arguments):
+    *arguments, out = arguments
+    _check_devices(q, out=out)
+    return _dca_with_kvcache_fake(q, *arguments)[1]
+
+
 def _dca_setup_context(ctx, inputs, output) -> None:
     q, k, v, cos, sin, chunk_size, local_size, scale, temperature, *flags = inputs
     # chunkattn.dca has asked before the launch; this is for direct calls of the operator.
