@@ -39,7 +39,7 @@ ChunkGeometry chunk_geometry(int64_t chunk_size, int64_t local_size) {
 }
 
 double logit_scale(std::optional<double> scale, const Tensor& q) {
-  return scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(3))));
+  return scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim_of(q))));
 }
 
 // Null for an absent tensor.
@@ -73,7 +73,10 @@ KeyValueCache key_value_cache(const DecodeArguments& arguments) {
 
 }  // namespace
 
-Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+Strides strides_of(const Tensor& tensor) {
+  if (tensor.dim() == 3) return {0, tensor.stride(0), tensor.stride(1)};
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
 
 ForwardParams forward_params(const DcaArguments& arguments, const Tensor& out, const Tensor& softmax_lse) {
   const Tensor& q = arguments.q;
@@ -88,12 +91,23 @@ ForwardParams forward_params(const DcaArguments& arguments, const Tensor& out, c
   params.k_strides = strides_of(k);
   params.v_strides = strides_of(arguments.v);
   params.out_strides = strides_of(out);
-  params.shape.batch = static_cast<int>(q.size(0));
-  params.shape.seqlen_q = static_cast<int>(q.size(1));
-  params.shape.seqlen_k = static_cast<int>(k.size(1));
-  params.shape.heads = static_cast<int>(q.size(2));
-  params.shape.kv_heads = static_cast<int>(k.size(2));
-  params.shape.head_dim = static_cast<int>(q.size(3));
+  if (arguments.packed) {
+    const PackedSequences& packed = *arguments.packed;
+    params.shape.batch = static_cast<int>(packed.cu_seqlens_q.size(0) - 1);
+    params.shape.seqlen_q = static_cast<int>(packed.max_seqlen_q);
+    params.shape.seqlen_k = static_cast<int>(packed.max_seqlen_k);
+    params.cu_seqlens_q = static_cast<const int*>(packed.cu_seqlens_q.const_data_ptr());
+    params.cu_seqlens_k = static_cast<const int*>(packed.cu_seqlens_k.const_data_ptr());
+    params.total_q = static_cast<int>(q.size(0));
+    params.total_k = static_cast<int>(k.size(0));
+  } else {
+    params.shape.batch = static_cast<int>(q.size(0));
+    params.shape.seqlen_q = static_cast<int>(q.size(1));
+    params.shape.seqlen_k = static_cast<int>(k.size(1));
+  }
+  params.shape.heads = static_cast<int>(heads_of(q));
+  params.shape.kv_heads = static_cast<int>(heads_of(k));
+  params.shape.head_dim = static_cast<int>(head_dim_of(q));
   params.dtype = data_type(q.scalar_type());
   params.geometry = chunk_geometry(arguments.chunk_size, arguments.local_size);
   params.rotary = rotary_table(arguments.cos, arguments.sin, arguments.interleaved);
@@ -138,8 +152,9 @@ DecodeParams decode_params(const DecodeArguments& arguments, const Tensor& out, 
 Tensor new_contiguous(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
 
 Tensor new_softmax_lse(const Tensor& q) {
-  const std::array<int64_t, 3> shape{q.size(0), q.size(2), q.size(1)};
-  return torch::stable::new_empty(q, {shape.data(), shape.size()}, ScalarType::Float);
+  const std::array<int64_t, 3> shape{q.size(0), q.size(q.dim() - 2), q.size(q.dim() - 3)};
+  const size_t batched = q.dim() == 4 ? 0 : 1;
+  return torch::stable::new_empty(q, {shape.data() + batched, 3 - batched}, ScalarType::Float);
 }
 
 }  // namespace chunkattn::bindings

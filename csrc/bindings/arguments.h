@@ -11,10 +11,18 @@ namespace chunkattn::bindings {
 
 using torch::stable::Tensor;
 
+// Where sequences of different lengths lie in packed tensors.
+struct PackedSequences {
+  Tensor cu_seqlens_q;  // int32 [batch + 1]
+  Tensor cu_seqlens_k;  // int32 [batch + 1]
+  int64_t max_seqlen_q;
+  int64_t max_seqlen_k;
+};
+
 struct DcaArguments {
-  Tensor q;    // [batch, seqlen_q, heads, head_dim]
-  Tensor k;    // [batch, seqlen_k, kv_heads, head_dim]
-  Tensor v;    // [batch, seqlen_k, kv_heads, head_dim]
+  Tensor q;    // [batch, seqlen_q, heads, head_dim], packed: [total_q, heads, head_dim]
+  Tensor k;    // [batch, seqlen_k, kv_heads, head_dim], packed: [total_k, kv_heads, head_dim]
+  Tensor v;    // as k
   Tensor cos;  // float32 [>= chunk_size + 1, rotary_dim / 2]
   Tensor sin;  // the same shape and strides
   int64_t chunk_size;
@@ -24,6 +32,7 @@ struct DcaArguments {
   bool interleaved;
   bool q_rotated;
   bool k_rotated;
+  std::optional<PackedSequences> packed = std::nullopt;
 };
 
 struct DecodeArguments {
@@ -47,9 +56,13 @@ struct DecodeArguments {
   bool q_rotated;
 };
 
+inline int64_t heads_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 2); }
+inline int64_t head_dim_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
+
+// Of [batch, seq, heads, head_dim] or [seq, heads, head_dim].
 Strides strides_of(const Tensor& tensor);
 
-// The arguments must have passed their checks. softmax_lse is contiguous [batch, heads, seqlen_q].
+// The arguments must have passed their checks. softmax_lse is as new_softmax_lse() makes it.
 ForwardParams forward_params(const DcaArguments& arguments, const Tensor& out, const Tensor& softmax_lse);
 
 DecodeParams decode_params(const DecodeArguments& arguments, const Tensor& out, const Tensor& softmax_lse);
@@ -57,7 +70,7 @@ DecodeParams decode_params(const DecodeArguments& arguments, const Tensor& out, 
 // A tensor like `like`, contiguous and uninitialised.
 Tensor new_contiguous(const Tensor& like);
 
-// float32 [batch, heads, seqlen_q] for the log-sum-exps of q, uninitialised.
+// float32 [batch, heads, seqlen_q], packed [heads, total_q], for the log-sum-exps of q, uninitialised.
 Tensor new_softmax_lse(const Tensor& q);
 
 }  // namespace chunkattn::bindings

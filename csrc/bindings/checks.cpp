@@ -101,7 +101,7 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 void check_q_dtype_and_head_dim(const Tensor& q) {
   const ScalarType type = q.scalar_type();
   const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
-  const int64_t head_dim = q.size(3);
+  const int64_t head_dim = head_dim_of(q);
   check(head_dim > 0, "q must have a head dimension of at least 1, got shape ", shape_of(q));
   if (q.is_cuda()) {
     check(half, "q must be bfloat16 or float16 on CUDA, got ", dtype_of(q));
@@ -114,7 +114,7 @@ void check_q_dtype_and_head_dim(const Tensor& q) {
 }
 
 void check_heads(const Tensor& q, const char* keys, int64_t kv_heads) {
-  const int64_t heads = q.size(2);
+  const int64_t heads = heads_of(q);
   check(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0,
         "q must have a number of heads that is a multiple of the heads of ", keys, ", got ", heads, " and ", kv_heads);
 }
@@ -125,21 +125,29 @@ void check_sizes(const char* name, const Tensor& tensor) {
   }
 }
 
-void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
-  check_rank("q", q, 4, "[batch, seqlen_q, heads, head_dim]");
-  check_rank("k", k, 4, "[batch, seqlen_k, kv_heads, head_dim]");
-  check_rank("v", v, 4, "[batch, seqlen_k, kv_heads, head_dim]");
+// q, k and v of a plain batch, or of packed sequences.
+void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool packed) {
+  const int64_t rank = packed ? 3 : 4;
+  const char* const key_dimensions = packed ? "[total_k, kv_heads, head_dim]" : "[batch, seqlen_k, kv_heads, head_dim]";
+  check_rank("q", q, rank, packed ? "[total_q, heads, head_dim]" : "[batch, seqlen_q, heads, head_dim]");
+  check_rank("k", k, rank, key_dimensions);
+  check_rank("v", v, rank, key_dimensions);
   check_device("k", k, q);
   check_device("v", v, q);
   check_q_dtype_and_head_dim(q);
   check_dtype_of_q("k", k, q);
   check_dtype_of_q("v", v, q);
 
-  check(k.size(0) == q.size(0), "k must have the batch size of q, ", q.size(0), ", got ", k.size(0));
-  check(k.size(3) == q.size(3), "k must have the head dimension of q, ", q.size(3), ", got ", k.size(3));
+  if (!packed) {
+    check(k.size(0) == q.size(0), "k must have the batch size of q, ", q.size(0), ", got ", k.size(0));
+  }
+  check(head_dim_of(k) == head_dim_of(q), "k must have the head dimension of q, ", head_dim_of(q), ", got ",
+        head_dim_of(k));
   check(same_shape(v, k), "v must have the shape of k, ", shape_of(k), ", got ", shape_of(v));
-  check_heads(q, "k", k.size(2));
-  check(q.size(1) <= k.size(1), "q must not be longer than k, got seqlen_q ", q.size(1), " and seqlen_k ", k.size(1));
+  check_heads(q, "k", heads_of(k));
+  if (!packed) {
+    check(q.size(1) <= k.size(1), "q must not be longer than k, got seqlen_q ", q.size(1), " and seqlen_k ", k.size(1));
+  }
   check_sizes("q", q);
   check_sizes("k", k);
   check_last_dim("q", q);
@@ -159,7 +167,7 @@ void check_table(const char* name, const Tensor& table, const Tensor& q, int64_t
   check_float32(name, table);
   check(table.size(0) >= chunk_size + 1, name, " must have at least chunk_size + 1 = ", chunk_size + 1, " rows, got ",
         table.size(0));
-  const int64_t head_dim = q.size(3);
+  const int64_t head_dim = head_dim_of(q);
   check(table.size(1) >= 1 && table.size(1) <= head_dim / 2, name,
         " must have rotary_dim / 2 columns with rotary_dim in 2 .. head_dim = ", head_dim, ", got ", table.size(1),
         " columns");
@@ -179,11 +187,11 @@ void check_scale(std::optional<double> scale) {
   check(std::isfinite(*scale) && *scale > 0, "scale must be positive and finite, got ", *scale);
 }
 
-void check_temperature(const Tensor& temperature, const Tensor& q) {
+void check_temperature(const Tensor& temperature, const Tensor& q, int64_t batch) {
   check_rank("temperature", temperature, 1, "[batch]");
   check_device("temperature", temperature, q);
   check_float32("temperature", temperature);
-  check(temperature.size(0) == q.size(0), "temperature must have one element per batch row, ", q.size(0), ", got ",
+  check(temperature.size(0) == batch, "temperature must have one element per batch row, ", batch, ", got ",
         temperature.size(0));
   check_last_dim("temperature", temperature);
 }
@@ -191,6 +199,37 @@ void check_temperature(const Tensor& temperature, const Tensor& q) {
 void check_int32(const char* name, const Tensor& tensor, const Tensor& q) {
   check_device(name, tensor, q);
   check(tensor.scalar_type() == ScalarType::Int, name, " must be int32, got ", dtype_of(tensor));
+}
+
+void check_packed(const PackedSequences& packed, const Tensor& q) {
+  const std::pair<const char*, const Tensor&> offsets[] = {{"cu_seqlens_q", packed.cu_seqlens_q},
+                                                           {"cu_seqlens_k", packed.cu_seqlens_k}};
+  for (const auto& [name, tensor] : offsets) {
+    check_rank(name, tensor, 1, "[batch + 1]");
+    check_int32(name, tensor, q);
+    check(tensor.size(0) > 0, name, " must have batch + 1 elements, got none");
+    check_last_dim(name, tensor);
+  }
+  check(packed.cu_seqlens_k.size(0) == packed.cu_seqlens_q.size(0),
+        "cu_seqlens_k must have the length of cu_seqlens_q, ", packed.cu_seqlens_q.size(0), ", got ",
+        packed.cu_seqlens_k.size(0));
+  const std::pair<const char*, int64_t> lengths[] = {{"max_seqlen_q", packed.max_seqlen_q},
+                                                     {"max_seqlen_k", packed.max_seqlen_k}};
+  for (const auto& [name, length] : lengths) {
+    check(length >= 0 && length <= kMaxSize, name, " must lie in 0 .. 2**31 - 1, got ", length);
+  }
+}
+
+void check_offsets(const char* name, const int* offsets, int batch, int total, const char* tensor,
+                   const char* most_name, int most) {
+  check(offsets[0] == 0, name, "[0] must be 0, got ", offsets[0]);
+  for (int i = 0; i < batch; ++i) {
+    const int64_t length = int64_t{offsets[i + 1]} - offsets[i];
+    check(length >= 0, name, " must not fall, got ", offsets[i], " and then ", offsets[i + 1]);
+    check(length <= most, most_name, " must be the length of the longest sequence or more, got ", most,
+          " and a length of ", length);
+  }
+  check(offsets[batch] == total, name, " must end with the rows of ", tensor, ", ", total, ", got ", offsets[batch]);
 }
 
 // [batch, ...], as many as q has
@@ -279,20 +318,33 @@ void check_new_keys(const DecodeArguments& arguments) {
 }  // namespace
 
 void check_dca(const DcaArguments& arguments) {
-  check_qkv(arguments.q, arguments.k, arguments.v);
+  check_qkv(arguments.q, arguments.k, arguments.v, arguments.packed.has_value());
+  if (arguments.packed) check_packed(*arguments.packed, arguments.q);
   check_chunks(arguments.chunk_size, arguments.local_size);
   check_rotary(arguments.cos, arguments.sin, arguments.q, arguments.chunk_size);
   check_scale(arguments.scale);
-  if (arguments.temperature) check_temperature(*arguments.temperature, arguments.q);
+  if (arguments.temperature) {
+    const int64_t batch = arguments.packed ? arguments.packed->cu_seqlens_q.size(0) - 1 : arguments.q.size(0);
+    check_temperature(*arguments.temperature, arguments.q, batch);
+  }
+}
+
+void check_packed_contents(const ForwardParams& params) {
+  if (!params.packed()) return;
+  const AttentionShape& shape = params.shape;
+  check_offsets("cu_seqlens_q", params.cu_seqlens_q, shape.batch, params.total_q, "q", "max_seqlen_q", shape.seqlen_q);
+  check_offsets("cu_seqlens_k", params.cu_seqlens_k, shape.batch, params.total_k, "k", "max_seqlen_k", shape.seqlen_k);
 }
 
 void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
                         const Tensor& softmax_lse) {
   check_dca(arguments);
   const Tensor& q = arguments.q;
-  check_rank("dout", dout, 4, "[batch, seqlen_q, heads, head_dim]");
-  check_rank("out", out, 4, "[batch, seqlen_q, heads, head_dim]");
-  check_rank("softmax_lse", softmax_lse, 3, "[batch, heads, seqlen_q]");
+  const bool packed = arguments.packed.has_value();
+  const char* const dimensions = packed ? "[total_q, heads, head_dim]" : "[batch, seqlen_q, heads, head_dim]";
+  check_rank("dout", dout, q.dim(), dimensions);
+  check_rank("out", out, q.dim(), dimensions);
+  check_rank("softmax_lse", softmax_lse, q.dim() - 1, packed ? "[heads, total_q]" : "[batch, heads, seqlen_q]");
   check_device("dout", dout, q);
   check_device("out", out, q);
   check_device("softmax_lse", softmax_lse, q);
@@ -301,8 +353,14 @@ void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const
   check_float32("softmax_lse", softmax_lse);
   check(same_shape(dout, q), "dout must have the shape of q, ", shape_of(q), ", got ", shape_of(dout));
   check(same_shape(out, q), "out must have the shape of q, ", shape_of(q), ", got ", shape_of(out));
-  check(softmax_lse.size(0) == q.size(0) && softmax_lse.size(1) == q.size(2) && softmax_lse.size(2) == q.size(1),
-        "softmax_lse must have shape [", q.size(0), ", ", q.size(2), ", ", q.size(1), "], got ", shape_of(softmax_lse));
+  if (packed) {
+    check(softmax_lse.size(0) == q.size(1) && softmax_lse.size(1) == q.size(0), "softmax_lse must have shape [",
+          q.size(1), ", ", q.size(0), "], got ", shape_of(softmax_lse));
+  } else {
+    check(softmax_lse.size(0) == q.size(0) && softmax_lse.size(1) == q.size(2) && softmax_lse.size(2) == q.size(1),
+          "softmax_lse must have shape [", q.size(0), ", ", q.size(2), ", ", q.size(1), "], got ",
+          shape_of(softmax_lse));
+  }
   check_last_dim("dout", dout);
   check_last_dim("out", out);
   check(softmax_lse.is_contiguous(), "softmax_lse must be contiguous; call .contiguous()");
@@ -320,7 +378,7 @@ void check_decode(const DecodeArguments& arguments, const Tensor* out) {
   check_chunks(arguments.chunk_size, arguments.local_size);
   check_rotary(arguments.cos, arguments.sin, q, arguments.chunk_size);
   check_scale(arguments.scale);
-  if (arguments.temperature) check_temperature(*arguments.temperature, q);
+  if (arguments.temperature) check_temperature(*arguments.temperature, q, q.size(0));
   check(arguments.num_splits >= 0 && arguments.num_splits <= kMaxSize, "num_splits must be 0 or more, got ",
         arguments.num_splits);
   if (out == nullptr) return;

@@ -13,6 +13,16 @@ STABLE_TORCH_LIBRARY(chunkattn, library) {
       "dca_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin, "
       "int chunk_size, int local_size, float? scale=None, Tensor? temperature=None, bool interleaved=False, "
       "bool q_rotated=False, bool k_rotated=False, bool deterministic=False) -> (Tensor dq, Tensor dk, Tensor dv)");
+  library.def(
+      "dca_varlen(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, int chunk_size, int local_size, float? scale=None, "
+      "Tensor? temperature=None, bool interleaved=False, bool q_rotated=False, bool k_rotated=False, "
+      "bool deterministic=False) -> (Tensor out, Tensor softmax_lse)");
+  library.def(
+      "dca_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, "
+      "Tensor sin, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int chunk_size, "
+      "int local_size, float? scale=None, Tensor? temperature=None, bool interleaved=False, bool q_rotated=False, "
+      "bool k_rotated=False, bool deterministic=False) -> (Tensor dq, Tensor dk, Tensor dv)");
   // The cache is written to: new keys and values are appended.
   library.def(
       "dca_with_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cos, Tensor sin, Tensor "
@@ -33,6 +43,8 @@ STABLE_TORCH_LIBRARY(chunkattn, library) {
 STABLE_TORCH_LIBRARY_IMPL(chunkattn, CPU, library) {
   library.impl("dca", TORCH_BOX(&bindings::dca_cpu));
   library.impl("dca_backward", TORCH_BOX(&bindings::dca_backward_cpu));
+  library.impl("dca_varlen", TORCH_BOX(&bindings::dca_varlen_cpu));
+  library.impl("dca_varlen_backward", TORCH_BOX(&bindings::dca_varlen_backward_cpu));
   library.impl("dca_with_kvcache", TORCH_BOX(&bindings::dca_with_kvcache_cpu));
   library.impl("dca_with_kvcache.out", TORCH_BOX(&bindings::dca_with_kvcache_out_cpu));
 }

@@ -1,4 +1,5 @@
 #include "cpu/forward_tile.h"
+#include "cpu/sequences.h"
 #include "kernels.h"
 
 namespace chunkattn::cpu {
@@ -18,9 +19,7 @@ void run_forward(const ForwardParams& params, ParallelFor parallel_for) {
       });
 }
 
-}  // namespace
-
-void dca_forward(const ForwardParams& params, ParallelFor parallel_for) {
+void forward_batch(const ForwardParams& params, ParallelFor parallel_for) {
   switch (params.dtype) {
     case DataType::kFloat64:
       return run_forward<double, double>(params, parallel_for);
@@ -32,6 +31,29 @@ void dca_forward(const ForwardParams& params, ParallelFor parallel_for) {
     case DataType::kFloat16:
       return run_forward<Float16, float>(params, parallel_for);
   }
+}
+
+void forward_sequence(const ForwardParams& params, const PackedSequence& sequence, ParallelFor parallel_for) {
+  const AttentionShape& shape = params.shape;
+  zero_rows(params.out, params.out_strides, sequence.rows.first_q, sequence.unseeing, shape.heads, shape.head_dim,
+            params.dtype);
+  const int queries = sequence.seeing();
+  const Buffer<float> lse(static_cast<int64_t>(shape.heads) * queries);
+  if (queries > 0) forward_batch(batch_of_one(params, sequence, lse.data()), parallel_for);
+  for (int head = 0; head < shape.heads; ++head) {
+    float* const to = packed_lse(params, sequence, head);
+    std::fill_n(to - sequence.unseeing, sequence.unseeing, -std::numeric_limits<float>::infinity());
+    std::copy_n(lse.data() + static_cast<int64_t>(head) * queries, queries, to);
+  }
+}
+
+}  // namespace
+
+void dca_forward(const ForwardParams& params, ParallelFor parallel_for) {
+  if (!params.packed()) return forward_batch(params, parallel_for);
+  for_each_sequence(params, parallel_for, [&](const PackedSequence& sequence, ParallelFor threads) {
+    forward_sequence(params, sequence, threads);
+  });
 }
 
 }  // namespace chunkattn::cpu

@@ -1,6 +1,7 @@
 """What torch needs to know about the operators beyond their kernels: shapes, gradients and autocast."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch.library import Library, register_autograd, register_fake
 from chunkattn import _ops  # noqa: F401  defines the operators
 
 _ARGUMENTS = ("q", "k", "v", "cos", "sin", "chunk_size", "local_size", "scale", "temperature")
+_VARLEN_ARGUMENTS = (*_ARGUMENTS[:5], "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", *_ARGUMENTS[5:])
 
 _library = Library("chunkattn", "FRAGMENT")
 
@@ -48,6 +50,27 @@ def _dca_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@register_fake("chunkattn::dca_varlen")
+def _dca_varlen_fake(
+    q, k, v, cos, sin, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, chunk_size, local_size, scale=None,
+    temperature=None, interleaved=False, q_rotated=False, k_rotated=False, deterministic=False,
+):  # fmt: skip
+    _check_devices(
+        q, k=k, v=v, cos=cos, sin=sin, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, temperature=temperature
+    )
+    rows, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((heads, rows), dtype=torch.float32)
+
+
+@register_fake("chunkattn::dca_varlen_backward")
+def _dca_varlen_backward_fake(dout, q, k, v, out, softmax_lse, cos, sin, cu_seqlens_q, cu_seqlens_k, *options):
+    _check_devices(
+        q, dout=dout, k=k, v=v, out=out, softmax_lse=softmax_lse, cos=cos, sin=sin, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 @register_fake("chunkattn::dca_with_kvcache")
 def _dca_with_kvcache_fake(
     q, k_cache, v_cache, cos, sin, cache_seqlens, chunk_size, local_size, block_table=None, k=None, v=None,
@@ -68,26 +91,28 @@ def _dca_with_kvcache_out_fake(q, *arguments):
     return _dca_with_kvcache_fake(q, *arguments)[1]
 
 
-def _dca_setup_context(ctx, inputs, output) -> None:
-    q, k, v, cos, sin, chunk_size, local_size, scale, temperature, *flags = inputs
-    # chunkattn.dca has asked before the launch; this is for direct calls of the operator.
-    wanted = (name for name, needed in zip(_ARGUMENTS, ctx.needs_input_grad, strict=False) if needed)
+def _setup_context(names: tuple[str, ...], ctx, inputs, output) -> None:
+    """names: of the arguments in the order of the operator, up to the temperature; the flags follow."""
+    # The function has asked before the launch; this is for direct calls of the operator.
+    wanted = (name for name, needed in zip(names, ctx.needs_input_grad, strict=False) if needed)
     check_gradients(wanted)
     out, softmax_lse = output
     ctx.mark_non_differentiable(softmax_lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, softmax_lse, cos, sin, temperature)
-    ctx.options = (chunk_size, local_size, scale), flags
+    q, k, v, *middle, temperature = inputs[: len(names)]
+    tensors = [argument for argument in middle if isinstance(argument, Tensor)]
+    ctx.save_for_backward(q, k, v, out, softmax_lse, *tensors, temperature)
+    ctx.options = middle[len(tensors) :], inputs[len(names) :]
 
 
-def _dca_backward(ctx, dout, _):
+def _backward(operator, ctx, dout, _):
     if dout is None:
         return (None,) * len(ctx.needs_input_grad)
     *tensors, temperature = ctx.saved_tensors
     sizes, flags = ctx.options
     if dout.stride(-1) != 1:  # expanded, as by sum()
         dout = dout.contiguous()
-    grads = torch.ops.chunkattn.dca_backward(dout, *tensors, *sizes, temperature, *flags)
+    grads = operator(dout, *tensors, *sizes, temperature, *flags)
     return *grads, *(None for _ in ctx.needs_input_grad[3:])
 
 
@@ -95,19 +120,24 @@ def _dca_double_backward(ctx, *grads):
     raise NotImplementedError("chunkattn: dca has no second derivative; call backward without create_graph=True")
 
 
-register_autograd("chunkattn::dca", _dca_backward, setup_context=_dca_setup_context)
-register_autograd("chunkattn::dca_backward", _dca_double_backward)
+for _name, _names in (("dca", _ARGUMENTS), ("dca_varlen", _VARLEN_ARGUMENTS)):
+    register_autograd(
+        f"chunkattn::{_name}",
+        partial(_backward, getattr(torch.ops.chunkattn, f"{_name}_backward")),
+        setup_context=partial(_setup_context, _names),
+    )
+    register_autograd(f"chunkattn::{_name}_backward", _dca_double_backward)
 
 
-def _autocast(device_type: str):
+def _autocast(operator, device_type: str):
     """q, k and v in the dtype of autocast; the table and the temperature stay float32."""
 
-    def dca(q, k, v, *rest):
+    def cast_and_call(q, k, v, *rest):
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.chunkattn.dca(*(_cast(tensor, device_type, dtype) for tensor in (q, k, v)), *rest)
+            return operator(*(_cast(tensor, device_type, dtype) for tensor in (q, k, v)), *rest)
 
-    return dca
+    return cast_and_call
 
 
 def _cast(tensor: Tensor, device_type: str, dtype: torch.dtype) -> Tensor:
@@ -116,5 +146,6 @@ def _cast(tensor: Tensor, device_type: str, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if eligible else tensor
 
 
-_library.impl("dca", _autocast("cpu"), "AutocastCPU")
-_library.impl("dca", _autocast("cuda"), "AutocastCUDA")
+for _name in ("dca", "dca_varlen"):
+    for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(_name, _autocast(getattr(torch.ops.chunkattn, _name), _device_type), _key)

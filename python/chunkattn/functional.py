@@ -34,8 +34,18 @@ def _scale_and_temperature(
     if not 0 < temperature < math.inf:
         raise ValueError(f"chunkattn: temperature must be positive and finite, got {temperature}")
     if scale is None:
+        _check_tensors({"q": q})
         scale = 1 / math.sqrt(max(1, q.shape[-1]))
     return scale * temperature, None
+
+
+def _prepare(tensors: dict[str, Tensor], deterministic: bool | None) -> bool:
+    """Checks what the operators cannot and returns which backward is wanted."""
+    _check_tensors(tensors)
+    _check_kernels(tensors["q"])
+    if torch.is_grad_enabled():
+        check_gradients(name for name, tensor in tensors.items() if tensor.requires_grad)
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
 
 
 def dca(
@@ -91,19 +101,71 @@ def dca(
         TypeError, ValueError: an argument is not what is listed above.
         NotImplementedError: this build has no kernels for the device, or a gradient is asked for that does not exist.
     """
-    tensors = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}
-    _check_tensors(tensors)
     scale, temperature = _scale_and_temperature(scale, temperature, q)
+    tensors = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}
     if temperature is not None:
         tensors["temperature"] = temperature
-    _check_kernels(q)
-    if torch.is_grad_enabled():
-        check_gradients(name for name, tensor in tensors.items() if tensor.requires_grad)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = _prepare(tensors, deterministic)
     out, lse = torch.ops.chunkattn.dca(
         q, k, v, cos, sin, chunk_size, local_size, scale, temperature, interleaved, q_rotated, k_rotated, deterministic
     )
+    return (out, lse) if return_lse else out
+
+
+def dca_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    chunk_size: int,
+    local_size: int,
+    scale: float | None = None,
+    temperature: float | Tensor | None = None,
+    interleaved: bool = False,
+    q_rotated: bool = False,
+    k_rotated: bool = False,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`dca` of B sequences of different lengths, packed one behind the other without padding.
+
+    Sequence b has the rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` of q and those of cu_seqlens_k of k and v, as
+    in FlashAttention's ``flash_attn_varlen_func``. Positions count from each sequence's own first key; where it has
+    fewer keys than queries, its first queries see nothing and give output 0 and log-sum-exp -inf.
+
+    Args:
+        q: [total_q, Hq, D].
+        k, v: [total_k, Hkv, D]; dtypes, D and strides as for :func:`dca`.
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], from 0 to total_q and total_k. The host reads them on the CPU only,
+            where they are checked; wrong ones on CUDA give wrong results, never an access outside the tensors.
+        max_seqlen_q, max_seqlen_k: the length of the longest sequence, or more.
+        temperature: as for :func:`dca`, a tensor has one element for each sequence.
+        cos, sin, chunk_size, local_size, scale, interleaved, q_rotated, k_rotated, deterministic, return_lse: as for
+            :func:`dca`.
+
+    Returns:
+        out [total_q, Hq, D], contiguous, in the dtype of q. With return_lse also lse, float32 [Hq, total_q], natural
+        logarithm, not differentiable. Gradients flow to q, k and v.
+
+    Raises:
+        As :func:`dca`.
+    """
+    scale, temperature = _scale_and_temperature(scale, temperature, q)
+    tensors = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}
+    tensors |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    if temperature is not None:
+        tensors["temperature"] = temperature
+    deterministic = _prepare(tensors, deterministic)
+    out, lse = torch.ops.chunkattn.dca_varlen(
+        q, k, v, cos, sin, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, chunk_size, local_size, scale,
+        temperature, interleaved, q_rotated, k_rotated, deterministic,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -177,7 +239,7 @@ def dca_with_kvcache(
         cache_seqlens = torch.full(
             (q.shape[0],) if q.dim() else (0,), cache_seqlens, dtype=torch.int32, device=q.device
         )
-    scale, temperature = _scale_and_temperature(scale, temperature, q) if isinstance(q, Tensor) else (None, None)
+    scale, temperature = _scale_and_temperature(scale, temperature, q)
     optional = {
         "block_table": block_table, "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale, "out": out,
         "temperature": temperature,
