@@ -329,14 +329,24 @@ def test_zero_sizes(device, sizes):
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-def test_cpu_threads(threads):
+@pytest.mark.parametrize("seqlen_q", [1, 70])
+def test_cpu_threads(threads, seqlen_q):
     # Long enough for splits of more than 1024 keys.
+    cpu = torch.device("cpu")
+    case = CASE.but(seqlen_q=seqlen_q)
+    options = decode_options(case, cpu)
+    seqlens = lengths(cpu, 3, 2500, 40)
+    q, k, v = case.but(seqlen_k=2600).inputs(cpu, torch.float64)
+    cache = Layout(16).make(case, 2600, cpu, torch.float64)
+    fill(cache, case, k, v, seqlens, options)
+    arguments = {**cache, **options, "k": k[:, -seqlen_q:], "v": v[:, -seqlen_q:], "cache_seqlens": seqlens}
+    alone = chunkattn.dca_with_kvcache(q, **arguments, num_splits=1)
     torch.set_num_threads(threads)
     try:
-        check_all_dtypes(CASE.but(seqlen_q=1), torch.device("cpu"), (3, 2500, 40))
-        check_all_dtypes(CASE.but(seqlen_q=70), torch.device("cpu"), (3, 300, 40), seqlen_new=70)
+        together = chunkattn.dca_with_kvcache(q, **arguments)
     finally:
         torch.set_num_threads(1)
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
 
 
 def test_results_repeat_bitwise(device):

@@ -150,15 +150,21 @@ def test_gradients_with_options(device):
     check_gradients(case.but(deterministic=True), device, PREFIXED)
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-def test_cpu_threads(threads):
-    torch.set_num_threads(threads)
-    try:
-        # One sequence with most of the work, which all threads share, and others that get a thread each.
-        check_all_dtypes(CASE, torch.device("cpu"), (500, 26, 0, 54, 30, 90))
-        check_gradients(CASE, torch.device("cpu"), (300, 26, 0, 54))
-    finally:
-        torch.set_num_threads(1)
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("lengths", [(500, 26, 0, 54, 30, 90), (60,) * 12], ids=["one long", "all short"])
+def test_cpu_threads(threads, lengths):
+    # All threads share a sequence with most of the work; others get a thread each.
+    qkv, packing, options = packed_call(CASE, torch.device("cpu"), torch.float64, lengths)
+    dout = torch.randn_like(qkv[0])
+    results = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        try:
+            out, lse = chunkattn.dca_varlen(*qkv, **packing, **options, return_lse=True)
+            results.append((out, lse, *gradients(chunkattn.dca_varlen, qkv, dout, {**packing, **options})))
+        finally:
+            torch.set_num_threads(1)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-10)
 
 
 @st.composite
