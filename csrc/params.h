@@ -85,11 +85,11 @@ struct ForwardParams {
   // Stays inside the tensors whatever cu_seqlens hold: on a GPU nobody has checked them.
   CHUNKATTN_HOST_DEVICE Sequence sequence(int batch) const {
     if (!packed()) return {0, 0, shape.seqlen_q, shape.seqlen_k};
-    const int q = clamp(cu_seqlens_q[batch], 0, total_q);
-    const int k = clamp(cu_seqlens_k[batch], 0, total_k);
-    const int seqlen_q = clamp(cu_seqlens_q[batch + 1], q, total_q) - q;
-    const int seqlen_k = clamp(cu_seqlens_k[batch + 1], k, total_k) - k;
-    return {q, k, clamp(seqlen_q, 0, shape.seqlen_q), clamp(seqlen_k, 0, shape.seqlen_k)};
+    const int first_q = clamp(cu_seqlens_q[batch], 0, total_q);
+    const int first_k = clamp(cu_seqlens_k[batch], 0, total_k);
+    const int seqlen_q = clamp(cu_seqlens_q[batch + 1], first_q, total_q) - first_q;
+    const int seqlen_k = clamp(cu_seqlens_k[batch + 1], first_k, total_k) - first_k;
+    return {first_q, first_k, clamp(seqlen_q, 0, shape.seqlen_q), clamp(seqlen_k, 0, shape.seqlen_k)};
   }
 
   // The element of softmax_lse that belongs to a sequence's first query.
