@@ -53,7 +53,9 @@ __device__ __forceinline__ void for_each_regime(const BackwardParams& params, co
                                                 int query, Function&& f) {
   const int position = params.forward.first_position() + query;
   const RegimeRows& rows = workspace.rows;
-  for (const Regime regime : {Regime::kIntra, Regime::kSucc, Regime::kInter}) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const Regime regime = static_cast<Regime>(i);
     if (rows.has_row(regime, position)) f(regime, rows.row(regime, position));
   }
 }
