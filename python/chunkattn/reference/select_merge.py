@@ -92,6 +92,7 @@ def select_merge(
     select_q: Tensor | None = None,
     select_k: Tensor | None = None,
     scale: float | None = None,
+    deterministic: bool | None = None,
     return_lse: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -112,6 +113,7 @@ def select_merge(
         select_q, select_k: in the shapes of q and k, the rows to select on instead of q and k: the unrotated ones for
             selection without positions.
         scale: factor of the logits, default 1 / sqrt(D).
+        deterministic: has no effect; whether gradients repeat bit by bit is up to torch.
         return_lse: also return the log-sum-exp of the logits.
         return_indices: also return the region ids, as :func:`select` does, or indices where given.
 
