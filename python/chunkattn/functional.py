@@ -125,9 +125,10 @@ def select(
     until there are top_k. The work is quadratic in the number of regions, the memory linear.
 
     Args:
-        q: [B, N, Hq, D], CPU: float64, float32, bfloat16 or float16. The last dimension is contiguous, other strides are
-            free.
-        k: [B, N, Hkv, D], dtype and device of q, Hq a multiple of Hkv. Under autocast q and k are cast to its dtype.
+        q: [B, N, Hq, D].
+        k: [B, N, Hkv, D], Hq a multiple of Hkv. q and k share a dtype (CPU: float64, float32, bfloat16 or float16) and
+            a device. Their last dimension is contiguous, other strides are free. Under autocast they are cast to its
+            dtype.
         region_size: tokens in a region.
         top_k: regions a row lists, and regions a group keeps.
         merge: query regions in a group.
@@ -220,9 +221,7 @@ def select_merge(
         _check_index_heads(indices, heads, q, k)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    out, lse = torch.ops.chunkattn.select_merge(
-        q, k, v, indices.contiguous(), region_size, merge, scale, deterministic
-    )
+    out, lse = torch.ops.chunkattn.select_merge(q, k, v, indices.contiguous(), region_size, merge, scale, deterministic)
     result = (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
     return result if len(result) > 1 else out
 
