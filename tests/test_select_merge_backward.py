@@ -37,22 +37,21 @@ def test_modes(device, eligibility, selection, heads_mode):
     check_all_dtypes(CASE.but(eligibility=eligibility, selection=selection, heads_mode=heads_mode), device)
 
 
-@pytest.mark.parametrize("heads_mode", HEADS)
 @pytest.mark.parametrize(
     "changes",
     [
         {"kv_heads": 4},
         {"heads": 6, "kv_heads": 1},
-        {"merge": 1, "region_size": 5},
-        {"region_size": 1, "merge": 1, "seqlen": 40},
-        {"top_k": 1000},
+        {"merge": 1, "region_size": 5, "seqlen": 63},
+        {"region_size": 1, "merge": 1, "seqlen": 25},
+        {"top_k": 1000, "heads_mode": "q"},
         {"merge": 1000},
         {"region_size": 1000},
     ],
     ids=str,
 )
-def test_sizes(device, changes, heads_mode):
-    check_all_dtypes(CASE.but(heads_mode=heads_mode, **changes), device)
+def test_sizes(device, changes):
+    check_all_dtypes(CASE.but(**changes), device)
 
 
 @pytest.mark.parametrize("seqlen", [1, 3, 9, 10, 18, 19, 28])
@@ -60,10 +59,10 @@ def test_lengths_around_region_and_group_boundaries(device, seqlen):
     check_all_dtypes(CASE.but(seqlen=seqlen, region_size=3, merge=3, top_k=2), device)
 
 
-@pytest.mark.parametrize("changes", [{}, {"region_size": 300, "merge": 2, "top_k": 3}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"region_size": 200, "merge": 2, "top_k": 2}], ids=str)
 def test_long_groups_and_lists(device, changes):
     for dtype in dtypes(device)[-2:]:
-        check_case(LONG.but(seqlen=1300, **changes), device, dtype)
+        check_case(LONG.but(seqlen=1000, **changes), device, dtype)
 
 
 @pytest.mark.parametrize("head_dim", [1, 7, 64, 80, 128, 256])
@@ -232,7 +231,7 @@ def test_second_derivative_is_refused(device):
 
 
 @settings(
-    max_examples=25,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
