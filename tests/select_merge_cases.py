@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 from cases import check_forward
+from hypothesis import strategies as st
 from torch import Tensor
 
 import chunkattn
@@ -62,6 +63,28 @@ class SelectMergeCase:
     def options(self) -> dict:
         names = ("region_size", "top_k", "merge", "eligibility", "selection")
         return {name: getattr(self, name) for name in names} | {"heads": self.heads_mode}
+
+
+# Regions of 4 tokens, groups of 20: seven groups, the last region and group partial.
+CASE = SelectMergeCase(seqlen=138, batch=2, heads=4, kv_heads=2, head_dim=24, region_size=4, top_k=7, merge=5)
+# Groups of several tiles, and lists of several blocks of keys.
+LONG = SelectMergeCase(seqlen=1700, heads=2, head_dim=64, region_size=16, top_k=30, merge=40)
+
+random_cases = st.builds(
+    SelectMergeCase,
+    seqlen=st.integers(1, 200),
+    batch=st.integers(1, 2),
+    heads=st.just(6),
+    kv_heads=st.sampled_from([1, 2, 3, 6]),
+    head_dim=st.integers(1, 70),
+    region_size=st.integers(1, 20),
+    top_k=st.integers(1, 20),
+    merge=st.integers(1, 12),
+    eligibility=st.sampled_from(ELIGIBILITIES),
+    selection=st.sampled_from(SELECTIONS),
+    heads_mode=st.sampled_from(HEADS),
+    seed=st.integers(0, 1000),
+)
 
 
 def skip_without_kernels(device: torch.device) -> torch.device:

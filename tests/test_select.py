@@ -8,6 +8,7 @@ from cases import dtypes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from select_merge_cases import (
+    CASE,
     ELIGIBILITIES,
     HEADS,
     MODES,
@@ -15,6 +16,7 @@ from select_merge_cases import (
     SelectMergeCase,
     assert_selection_is_near,
     check_selection,
+    random_cases,
     skip_without_kernels,
 )
 from test_dca_forward import inside_larger, sequence_first, transposed, with_row_gaps
@@ -25,10 +27,6 @@ import chunkattn
 @pytest.fixture
 def device(device):
     return skip_without_kernels(device)
-
-
-# Regions of 4 tokens, groups of 20: seven groups, the last region and group partial.
-CASE = SelectMergeCase(seqlen=138, batch=2, heads=4, kv_heads=2, head_dim=24, region_size=4, top_k=7, merge=5)
 
 
 def check_all_dtypes(case, device):
@@ -210,24 +208,7 @@ def test_no_gradient_flows(device):
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(
-    case=st.builds(
-        SelectMergeCase,
-        seqlen=st.integers(1, 200),
-        batch=st.integers(1, 2),
-        heads=st.just(6),
-        kv_heads=st.sampled_from([1, 2, 3, 6]),
-        head_dim=st.integers(1, 70),
-        region_size=st.integers(1, 20),
-        top_k=st.integers(1, 20),
-        merge=st.integers(1, 12),
-        eligibility=st.sampled_from(ELIGIBILITIES),
-        selection=st.sampled_from(SELECTIONS),
-        heads_mode=st.sampled_from(HEADS),
-        seed=st.integers(0, 1000),
-    ),
-    dtype_index=st.integers(0, 3),
-)
+@given(case=random_cases, dtype_index=st.integers(0, 3))
 def test_random_cases(device, case, dtype_index):
     dtype = dtypes(device)[dtype_index % len(dtypes(device))]
     check_selection(*case.inputs(dtype, 2, device), case.options())

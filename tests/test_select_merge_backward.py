@@ -5,10 +5,10 @@ import torch
 from cases import check_backward, dtypes, gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from select_merge_cases import HEADS, MODES, SelectMergeCase, skip_without_kernels
+from select_merge_cases import CASE, HEADS, LONG, MODES, SelectMergeCase, random_cases, skip_without_kernels
 from test_dca_backward import random_dout
 from test_dca_forward import inside_larger, transposed, with_row_gaps
-from test_select_merge_forward import CASE, LONG, random_cases, random_indices
+from test_select_merge_forward import random_indices
 
 import chunkattn
 

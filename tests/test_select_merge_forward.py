@@ -8,12 +8,15 @@ from cases import check_forward, dtypes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from select_merge_cases import (
+    CASE,
     ELIGIBILITIES,
     HEADS,
+    LONG,
     MODES,
     SELECTIONS,
     SelectMergeCase,
     check_select_merge,
+    random_cases,
     skip_without_kernels,
 )
 from test_dca_forward import inside_larger, sequence_first, transposed, with_row_gaps
@@ -25,12 +28,6 @@ import chunkattn
 @pytest.fixture
 def device(device):
     return skip_without_kernels(device)
-
-
-# Regions of 4 tokens, groups of 20: seven groups, the last region and group partial.
-CASE = SelectMergeCase(seqlen=138, batch=2, heads=4, kv_heads=2, head_dim=24, region_size=4, top_k=7, merge=5)
-# Groups of several tiles, and lists of several blocks of keys.
-LONG = SelectMergeCase(seqlen=1700, heads=2, head_dim=64, region_size=16, top_k=30, merge=40)
 
 
 def check_all_dtypes(case, device, **others):
@@ -293,23 +290,6 @@ def test_zero_sizes(device, empty):
         assert out.shape == (case.batch, case.seqlen, case.heads, case.head_dim)
         assert lse.shape == (case.batch, case.heads, case.seqlen)
         assert lse.dtype == torch.float32
-
-
-random_cases = st.builds(
-    SelectMergeCase,
-    seqlen=st.integers(1, 200),
-    batch=st.integers(1, 2),
-    heads=st.just(6),
-    kv_heads=st.sampled_from([1, 2, 3, 6]),
-    head_dim=st.integers(1, 70),
-    region_size=st.integers(1, 20),
-    top_k=st.integers(1, 20),
-    merge=st.integers(1, 12),
-    eligibility=st.sampled_from(ELIGIBILITIES),
-    selection=st.sampled_from(SELECTIONS),
-    heads_mode=st.sampled_from(HEADS),
-    seed=st.integers(0, 1000),
-)
 
 
 @settings(
