@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             serve(make_warm, model, chunk_size, local_size)
             results[name] = serve(arguments, model, chunk_size, local_size)
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             sys.exit(str(error))
         waits, rates = results[name]["seconds_to_first_token"], results[name]["tokens_per_second"]
         label = f"{name} s={chunk_size} w={local_size}" if name == "DCA" else name

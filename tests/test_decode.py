@@ -17,7 +17,7 @@ from caches import (
     poison,
     raw_bytes,
 )
-from cases import Case, dtypes
+from cases import Case, dtypes, skip_without_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_within_rule
@@ -27,6 +27,11 @@ import chunkattn
 # c = 27: 95 tokens are three and a half chunks.
 CASE = Case(batch=3)
 LONG = Case(batch=2, heads=4, kv_heads=2, head_dim=64, chunk_size=200, local_size=77)
+
+
+@pytest.fixture
+def device(device):
+    return skip_without_kernels(device, "dca_with_kvcache")
 
 
 def check_all_dtypes(case, device, seqlens, *, layout=Layout(48), seqlen_new=1, **arguments):  # noqa: B008

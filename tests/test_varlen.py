@@ -3,7 +3,7 @@
 import pytest
 import torch
 from caches import assert_lse_within_rule
-from cases import Case, check_backward, dtypes, gradients
+from cases import Case, check_backward, dtypes, gradients, skip_without_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_within_rule
@@ -15,6 +15,11 @@ import chunkattn
 CASE = Case(batch=1, heads=4, kv_heads=2, head_dim=32)
 SEQLENS = (26, 0, 27, 95, 1, 28, 54)
 PREFIXED = ((5, 60), (1, 27), (0, 30), (33, 33), (0, 0), (28, 81))
+
+
+@pytest.fixture
+def device(device):
+    return skip_without_kernels(device, "dca_varlen", "dca_varlen_backward")
 
 
 def offsets(device, lengths):

@@ -1,9 +1,6 @@
 #include "arguments.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -48,6 +45,47 @@ const Element* data_of(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const Element*>(tensor->const_data_ptr()) : nullptr;
 }
 
+// Of a plain batch.
+AttentionShape shape_of(const Tensor& q, const Tensor& k) {
+  AttentionShape shape{};
+  shape.batch = static_cast<int>(q.size(0));
+  shape.seqlen_q = static_cast<int>(q.size(1));
+  shape.seqlen_k = static_cast<int>(k.size(1));
+  shape.heads = static_cast<int>(q.size(2));
+  shape.kv_heads = static_cast<int>(k.size(2));
+  shape.head_dim = static_cast<int>(q.size(3));
+  return shape;
+}
+
+AttentionShape shape_of(const Tensor& q, const Tensor& k, const PackedSequences& packed) {
+  AttentionShape shape{};
+  shape.batch = static_cast<int>(packed.cu_seqlens_q.size(0) - 1);
+  shape.seqlen_q = static_cast<int>(packed.max_seqlen_q);
+  shape.seqlen_k = static_cast<int>(packed.max_seqlen_k);
+  shape.heads = static_cast<int>(heads_of(q));
+  shape.kv_heads = static_cast<int>(heads_of(k));
+  shape.head_dim = static_cast<int>(head_dim_of(q));
+  return shape;
+}
+
+// What is the same for every attention, all but the shape.
+template <class Params, class Arguments>
+Params attention_params(const Arguments& arguments, const Tensor& out, const Tensor& softmax_lse) {
+  Params params{};
+  params.q = arguments.q.const_data_ptr();
+  params.k = arguments.k.const_data_ptr();
+  params.v = arguments.v.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  params.softmax_lse = static_cast<float*>(softmax_lse.mutable_data_ptr());
+  params.q_strides = strides_of(arguments.q);
+  params.k_strides = strides_of(arguments.k);
+  params.v_strides = strides_of(arguments.v);
+  params.out_strides = strides_of(out);
+  params.dtype = data_type(arguments.q.scalar_type());
+  params.scale = logit_scale(arguments.scale, arguments.q);
+  return params;
+}
+
 KeyValueCache key_value_cache(const DecodeArguments& arguments) {
   const Tensor& k = arguments.k_cache;
   KeyValueCache cache{};
@@ -79,39 +117,17 @@ Strides strides_of(const Tensor& tensor) {
 }
 
 ForwardParams forward_params(const DcaArguments& arguments, const Tensor& out, const Tensor& softmax_lse) {
-  const Tensor& q = arguments.q;
-  const Tensor& k = arguments.k;
-  ForwardParams params{};
-  params.q = q.const_data_ptr();
-  params.k = k.const_data_ptr();
-  params.v = arguments.v.const_data_ptr();
-  params.out = out.mutable_data_ptr();
-  params.softmax_lse = static_cast<float*>(softmax_lse.mutable_data_ptr());
-  params.q_strides = strides_of(q);
-  params.k_strides = strides_of(k);
-  params.v_strides = strides_of(arguments.v);
-  params.out_strides = strides_of(out);
+  ForwardParams params = attention_params<ForwardParams>(arguments, out, softmax_lse);
+  params.shape =
+      arguments.packed ? shape_of(arguments.q, arguments.k, *arguments.packed) : shape_of(arguments.q, arguments.k);
   if (arguments.packed) {
-    const PackedSequences& packed = *arguments.packed;
-    params.shape.batch = static_cast<int>(packed.cu_seqlens_q.size(0) - 1);
-    params.shape.seqlen_q = static_cast<int>(packed.max_seqlen_q);
-    params.shape.seqlen_k = static_cast<int>(packed.max_seqlen_k);
-    params.cu_seqlens_q = static_cast<const int*>(packed.cu_seqlens_q.const_data_ptr());
-    params.cu_seqlens_k = static_cast<const int*>(packed.cu_seqlens_k.const_data_ptr());
-    params.total_q = static_cast<int>(q.size(0));
-    params.total_k = static_cast<int>(k.size(0));
-  } else {
-    params.shape.batch = static_cast<int>(q.size(0));
-    params.shape.seqlen_q = static_cast<int>(q.size(1));
-    params.shape.seqlen_k = static_cast<int>(k.size(1));
+    params.cu_seqlens_q = static_cast<const int*>(arguments.packed->cu_seqlens_q.const_data_ptr());
+    params.cu_seqlens_k = static_cast<const int*>(arguments.packed->cu_seqlens_k.const_data_ptr());
+    params.total_q = static_cast<int>(arguments.q.size(0));
+    params.total_k = static_cast<int>(arguments.k.size(0));
   }
-  params.shape.heads = static_cast<int>(heads_of(q));
-  params.shape.kv_heads = static_cast<int>(heads_of(k));
-  params.shape.head_dim = static_cast<int>(head_dim_of(q));
-  params.dtype = data_type(q.scalar_type());
   params.geometry = chunk_geometry(arguments.chunk_size, arguments.local_size);
   params.rotary = rotary_table(arguments.cos, arguments.sin, arguments.interleaved);
-  params.scale = logit_scale(arguments.scale, q);
   params.temperature = data_of<float>(arguments.temperature);
   params.q_rotated = arguments.q_rotated;
   params.k_rotated = arguments.k_rotated;
@@ -149,12 +165,36 @@ DecodeParams decode_params(const DecodeArguments& arguments, const Tensor& out, 
   return params;
 }
 
-Tensor new_contiguous(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+RegionGeometry region_geometry(int64_t region_size, int64_t merge) {
+  return {static_cast<int>(region_size), static_cast<int>(merge)};
+}
 
-Tensor new_softmax_lse(const Tensor& q) {
-  const std::array<int64_t, 3> shape{q.size(0), q.size(q.dim() - 2), q.size(q.dim() - 3)};
-  const size_t batched = q.dim() == 4 ? 0 : 1;
-  return torch::stable::new_empty(q, {shape.data() + batched, 3 - batched}, ScalarType::Float);
+SelectParams select_params(const SelectArguments& arguments, const Tensor& indices) {
+  SelectParams params{};
+  params.q = arguments.q.const_data_ptr();
+  params.k = arguments.k.const_data_ptr();
+  params.q_strides = strides_of(arguments.q);
+  params.k_strides = strides_of(arguments.k);
+  params.shape = shape_of(arguments.q, arguments.k);
+  params.dtype = data_type(arguments.q.scalar_type());
+  params.geometry = region_geometry(arguments.region_size, arguments.merge);
+  params.top_k = static_cast<int>(arguments.top_k);
+  params.eligibility = arguments.eligibility == "row" ? Eligibility::kRow : Eligibility::kGroup;
+  params.voters = arguments.selection == "causal" ? Voters::kPreviousGroup : Voters::kOwnGroup;
+  params.index_heads = static_cast<int>(indices.size(1));
+  params.indices = static_cast<int*>(indices.mutable_data_ptr());
+  return params;
+}
+
+SelectMergeParams select_merge_params(const SelectMergeArguments& arguments, const Tensor& out,
+                                      const Tensor& softmax_lse) {
+  SelectMergeParams params = attention_params<SelectMergeParams>(arguments, out, softmax_lse);
+  params.shape = shape_of(arguments.q, arguments.k);
+  params.regions.indices = static_cast<const int*>(arguments.indices.const_data_ptr());
+  params.regions.index_heads = static_cast<int>(arguments.indices.size(1));
+  params.regions.capacity = static_cast<int>(arguments.indices.size(3));
+  params.regions.geometry = region_geometry(arguments.region_size, arguments.merge);
+  return params;
 }
 
 }  // namespace chunkattn::bindings

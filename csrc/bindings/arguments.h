@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 
 #include "../params.h"
 
@@ -56,6 +57,27 @@ struct DecodeArguments {
   bool q_rotated;
 };
 
+struct SelectArguments {
+  Tensor q;  // [batch, seqlen, heads, head_dim]
+  Tensor k;  // [batch, seqlen, kv_heads, head_dim]
+  int64_t region_size;
+  int64_t top_k;
+  int64_t merge;
+  std::string eligibility;  // "group", "row"
+  std::string selection;    // "lookahead", "causal"
+  std::string heads;        // "kv", "q"
+};
+
+struct SelectMergeArguments {
+  Tensor q;        // [batch, seqlen, heads, head_dim]
+  Tensor k;        // [batch, seqlen, kv_heads, head_dim]
+  Tensor v;        // [batch, seqlen, kv_heads, head_dim]
+  Tensor indices;  // int32 [batch, kv_heads or heads, groups, any number]
+  int64_t region_size;
+  int64_t merge;
+  std::optional<double> scale;  // absent: 1 / sqrt(head_dim)
+};
+
 inline int64_t heads_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 2); }
 inline int64_t head_dim_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
 
@@ -67,10 +89,11 @@ ForwardParams forward_params(const DcaArguments& arguments, const Tensor& out, c
 
 DecodeParams decode_params(const DecodeArguments& arguments, const Tensor& out, const Tensor& softmax_lse);
 
-// A tensor like `like`, contiguous and uninitialised.
-Tensor new_contiguous(const Tensor& like);
+// `indices` is contiguous [batch, kv_heads or heads, groups, top_k].
+SelectParams select_params(const SelectArguments& arguments, const Tensor& indices);
+SelectMergeParams select_merge_params(const SelectMergeArguments& arguments, const Tensor& out,
+                                      const Tensor& softmax_lse);
 
-// float32 [batch, heads, seqlen_q], packed [heads, total_q], for the log-sum-exps of q, uninitialised.
-Tensor new_softmax_lse(const Tensor& q);
+RegionGeometry region_geometry(int64_t region_size, int64_t merge);
 
 }  // namespace chunkattn::bindings

@@ -1,8 +1,10 @@
 #include "checks.h"
 
 #include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -12,6 +14,7 @@ namespace chunkattn::bindings {
 
 namespace {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Device;
 
@@ -125,25 +128,22 @@ void check_sizes(const char* name, const Tensor& tensor) {
   }
 }
 
-// q, k and v of a plain batch, or of packed sequences.
-void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool packed) {
+// [batch, ...], as many as q has
+void check_batch(const char* name, const Tensor& tensor, const Tensor& q) {
+  check(tensor.size(0) == q.size(0), name, " must have the batch size of q, ", q.size(0), ", got ", tensor.size(0));
+}
+
+// Of a plain batch, or of packed sequences.
+void check_queries_and_keys(const Tensor& q, const Tensor& k, bool packed) {
   const int64_t rank = packed ? 3 : 4;
-  const char* const key_dimensions = packed ? "[total_k, kv_heads, head_dim]" : "[batch, seqlen_k, kv_heads, head_dim]";
   check_rank("q", q, rank, packed ? "[total_q, heads, head_dim]" : "[batch, seqlen_q, heads, head_dim]");
-  check_rank("k", k, rank, key_dimensions);
-  check_rank("v", v, rank, key_dimensions);
+  check_rank("k", k, rank, packed ? "[total_k, kv_heads, head_dim]" : "[batch, seqlen_k, kv_heads, head_dim]");
   check_device("k", k, q);
-  check_device("v", v, q);
   check_q_dtype_and_head_dim(q);
   check_dtype_of_q("k", k, q);
-  check_dtype_of_q("v", v, q);
-
-  if (!packed) {
-    check(k.size(0) == q.size(0), "k must have the batch size of q, ", q.size(0), ", got ", k.size(0));
-  }
+  if (!packed) check_batch("k", k, q);
   check(head_dim_of(k) == head_dim_of(q), "k must have the head dimension of q, ", head_dim_of(q), ", got ",
         head_dim_of(k));
-  check(same_shape(v, k), "v must have the shape of k, ", shape_of(k), ", got ", shape_of(v));
   check_heads(q, "k", heads_of(k));
   if (!packed) {
     check(q.size(1) <= k.size(1), "q must not be longer than k, got seqlen_q ", q.size(1), " and seqlen_k ", k.size(1));
@@ -152,6 +152,14 @@ void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool packed) {
   check_sizes("k", k);
   check_last_dim("q", q);
   check_last_dim("k", k);
+}
+
+// `dimensions`: of v, as many as k has.
+void check_values(const Tensor& q, const Tensor& k, const Tensor& v, const char* dimensions) {
+  check_rank("v", v, k.dim(), dimensions);
+  check_device("v", v, q);
+  check_dtype_of_q("v", v, q);
+  check(same_shape(v, k), "v must have the shape of k, ", shape_of(k), ", got ", shape_of(v));
   check_last_dim("v", v);
 }
 
@@ -232,11 +240,6 @@ void check_offsets(const char* name, const int* offsets, int batch, int total, c
   check(offsets[batch] == total, name, " must end with the rows of ", tensor, ", ", total, ", got ", offsets[batch]);
 }
 
-// [batch, ...], as many as q has
-void check_batch(const char* name, const Tensor& tensor, const Tensor& q) {
-  check(tensor.size(0) == q.size(0), name, " must have the batch size of q, ", q.size(0), ", got ", tensor.size(0));
-}
-
 void check_cache(const DecodeArguments& arguments) {
   const Tensor& q = arguments.q;
   const Tensor& k_cache = arguments.k_cache;
@@ -298,49 +301,21 @@ void check_new_keys(const DecodeArguments& arguments) {
   if (!arguments.k) return;
   const Tensor& q = arguments.q;
   const Tensor& k = *arguments.k;
-  const Tensor& v = *arguments.v;
   check_rank("k", k, 4, "[batch, seqlen_new, kv_heads, head_dim]");
-  check_rank("v", v, 4, "[batch, seqlen_new, kv_heads, head_dim]");
   check_device("k", k, q);
-  check_device("v", v, q);
   check_dtype_of_q("k", k, q);
-  check_dtype_of_q("v", v, q);
   check_batch("k", k, q);
   check(k.size(2) == arguments.k_cache.size(2), "k must have the heads of k_cache, ", arguments.k_cache.size(2),
         ", got ", k.size(2));
   check(k.size(3) == q.size(3), "k must have the head dimension of q, ", q.size(3), ", got ", k.size(3));
-  check(same_shape(v, k), "v must have the shape of k, ", shape_of(k), ", got ", shape_of(v));
   check_sizes("k", k);
   check_last_dim("k", k);
-  check_last_dim("v", v);
+  check_values(q, k, *arguments.v, "[batch, seqlen_new, kv_heads, head_dim]");
 }
 
-}  // namespace
-
-void check_dca(const DcaArguments& arguments) {
-  check_qkv(arguments.q, arguments.k, arguments.v, arguments.packed.has_value());
-  if (arguments.packed) check_packed(*arguments.packed, arguments.q);
-  check_chunks(arguments.chunk_size, arguments.local_size);
-  check_rotary(arguments.cos, arguments.sin, arguments.q, arguments.chunk_size);
-  check_scale(arguments.scale);
-  if (arguments.temperature) {
-    const int64_t batch = arguments.packed ? arguments.packed->cu_seqlens_q.size(0) - 1 : arguments.q.size(0);
-    check_temperature(*arguments.temperature, arguments.q, batch);
-  }
-}
-
-void check_packed_contents(const ForwardParams& params) {
-  if (!params.packed()) return;
-  const AttentionShape& shape = params.shape;
-  check_offsets("cu_seqlens_q", params.cu_seqlens_q, shape.batch, params.total_q, "q", "max_seqlen_q", shape.seqlen_q);
-  check_offsets("cu_seqlens_k", params.cu_seqlens_k, shape.batch, params.total_k, "k", "max_seqlen_k", shape.seqlen_k);
-}
-
-void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
-                        const Tensor& softmax_lse) {
-  check_dca(arguments);
-  const Tensor& q = arguments.q;
-  const bool packed = arguments.packed.has_value();
+// What the backward takes on top of the arguments of the forward.
+void check_saved(const Tensor& q, const Tensor& dout, const Tensor& out, const Tensor& softmax_lse) {
+  const bool packed = q.dim() == 3;
   const char* const dimensions = packed ? "[total_q, heads, head_dim]" : "[batch, seqlen_q, heads, head_dim]";
   check_rank("dout", dout, q.dim(), dimensions);
   check_rank("out", out, q.dim(), dimensions);
@@ -364,6 +339,87 @@ void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const
   check_last_dim("dout", dout);
   check_last_dim("out", out);
   check(softmax_lse.is_contiguous(), "softmax_lse must be contiguous; call .contiguous()");
+}
+
+void check_same_length(const Tensor& q, const Tensor& k) {
+  check(k.size(1) == q.size(1), "k must have the length of q, ", q.size(1), ", got ", k.size(1));
+}
+
+void check_count(const char* name, int64_t count) {
+  check(count >= 1 && count <= kMaxSize, name, " must lie in 1 .. 2**31 - 1, got ", count);
+}
+
+void check_regions(int64_t region_size, int64_t merge) {
+  check_count("region_size", region_size);
+  check_count("merge", merge);
+}
+
+void check_word(const char* name, const std::string& word, const char* first, const char* second) {
+  check(word == first || word == second, name, " must be '", first, "' or '", second, "', got '", word, "'");
+}
+
+void check_indices(const Tensor& indices, const Tensor& q, const Tensor& k, const RegionGeometry& geometry) {
+  check_rank("indices", indices, 4, "[batch, kv_heads or heads, groups, regions]");
+  check_int32("indices", indices, q);
+  const int64_t heads = q.size(2);
+  const int64_t kv_heads = k.size(2);
+  const int64_t groups = geometry.groups(static_cast<int>(q.size(1)));
+  const bool known_heads = indices.size(1) == kv_heads || indices.size(1) == heads;
+  check(indices.size(0) == q.size(0) && known_heads && indices.size(2) == groups, "indices must have shape [",
+        q.size(0), ", ", kv_heads, " or ", heads, ", ", groups, ", any], got ", shape_of(indices));
+  check_sizes("indices", indices);
+  check(indices.is_contiguous(), "indices must be contiguous; call .contiguous()");
+}
+
+void check_region_ids(const Tensor& indices, const RegionGeometry& geometry) {
+  const Tensor host = indices.is_cpu() ? indices : torch::stable::to(indices, Device(DeviceType::CPU));
+  const int* const ids = static_cast<const int*>(host.const_data_ptr());
+  const int64_t groups = host.size(2);
+  const int64_t capacity = host.size(3);
+  int64_t ignored = 0;
+  int64_t first = 0;
+  for (int64_t i = 0; i < host.numel(); ++i) {
+    const int group = static_cast<int>(i / capacity % groups);
+    if (ids[i] == -1 || geometry.may_attend(group, ids[i])) continue;
+    if (ignored++ == 0) first = i;
+  }
+  if (ignored == 0) return;
+  const int64_t list = first / capacity;
+  const int group = static_cast<int>(list % groups);
+  check(false, "indices must hold -1 and ids of regions before their group, got ", ignored,
+        ignored == 1 ? " other, " : " others, first ", ids[first], " at [", list / groups / host.size(1), ", ",
+        list / groups % host.size(1), ", ", group, ", ", first % capacity, "], whose group begins at region ",
+        geometry.first_region(group));
+}
+
+}  // namespace
+
+void check_dca(const DcaArguments& arguments) {
+  const bool packed = arguments.packed.has_value();
+  check_queries_and_keys(arguments.q, arguments.k, packed);
+  check_values(arguments.q, arguments.k, arguments.v,
+               packed ? "[total_k, kv_heads, head_dim]" : "[batch, seqlen_k, kv_heads, head_dim]");
+  if (arguments.packed) check_packed(*arguments.packed, arguments.q);
+  check_chunks(arguments.chunk_size, arguments.local_size);
+  check_rotary(arguments.cos, arguments.sin, arguments.q, arguments.chunk_size);
+  check_scale(arguments.scale);
+  if (arguments.temperature) {
+    const int64_t batch = arguments.packed ? arguments.packed->cu_seqlens_q.size(0) - 1 : arguments.q.size(0);
+    check_temperature(*arguments.temperature, arguments.q, batch);
+  }
+}
+
+void check_packed_contents(const ForwardParams& params) {
+  if (!params.packed()) return;
+  const AttentionShape& shape = params.shape;
+  check_offsets("cu_seqlens_q", params.cu_seqlens_q, shape.batch, params.total_q, "q", "max_seqlen_q", shape.seqlen_q);
+  check_offsets("cu_seqlens_k", params.cu_seqlens_k, shape.batch, params.total_k, "k", "max_seqlen_k", shape.seqlen_k);
+}
+
+void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
+                        const Tensor& softmax_lse) {
+  check_dca(arguments);
+  check_saved(arguments.q, dout, out, softmax_lse);
 }
 
 void check_decode(const DecodeArguments& arguments, const Tensor* out) {
@@ -405,6 +461,36 @@ void check_cache_contents(const DecodeParams& params) {
             " pages, got ", id);
     }
   }
+}
+
+void check_select(const SelectArguments& arguments) {
+  check_queries_and_keys(arguments.q, arguments.k, false);
+  check_same_length(arguments.q, arguments.k);
+  check_regions(arguments.region_size, arguments.merge);
+  check_count("top_k", arguments.top_k);
+  check_word("eligibility", arguments.eligibility, "group", "row");
+  check_word("selection", arguments.selection, "lookahead", "causal");
+  check_word("heads", arguments.heads, "kv", "q");
+}
+
+void check_select_merge(const SelectMergeArguments& arguments) {
+  const Tensor& q = arguments.q;
+  const Tensor& k = arguments.k;
+  check_queries_and_keys(q, k, false);
+  check_same_length(q, k);
+  check_values(q, k, arguments.v, "[batch, seqlen_k, kv_heads, head_dim]");
+  check_regions(arguments.region_size, arguments.merge);
+  check_scale(arguments.scale);
+  const RegionGeometry geometry = region_geometry(arguments.region_size, arguments.merge);
+  check_indices(arguments.indices, q, k, geometry);
+  const char* const debug = std::getenv("CHUNKATTN_DEBUG");
+  if (debug != nullptr && std::string(debug) == "1") check_region_ids(arguments.indices, geometry);
+}
+
+void check_select_merge_backward(const SelectMergeArguments& arguments, const Tensor& dout, const Tensor& out,
+                                 const Tensor& softmax_lse) {
+  check_select_merge(arguments);
+  check_saved(arguments.q, dout, out, softmax_lse);
 }
 
 }  // namespace chunkattn::bindings

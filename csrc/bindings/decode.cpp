@@ -1,6 +1,7 @@
 #include "../kernels.h"
 #include "checks.h"
 #include "ops.h"
+#include "results.h"
 #include "runtime.h"
 
 namespace chunkattn::bindings {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <span>
 #include <type_traits>
 
 #include "cpu/operands.h"
@@ -61,18 +62,23 @@ class CacheOperand {
         head_dim_(head_dim),
         in_place_(std::is_same_v<Stored, Operand> && read_in_place(pages.row_stride(), head_dim, queries)) {}
 
-  // Rows [first, first + count) of a head: in place, or gathered in scratch [count, head_dim].
-  Rows<const Operand> block(int batch, int head, int first, int count, Operand* scratch) const {
+  // The rows of a block of keys of a head, one range behind the other: in place, or gathered in scratch [keys,
+  // head_dim].
+  Rows<const Operand> block(int batch, int head, std::span<const KeyRange> ranges, Operand* scratch) const {
+    const auto [begin, end] = ranges.front();
     if constexpr (std::is_same_v<Stored, Operand>) {
-      if (in_place_ && count <= pages_.rows_left(first)) {
-        const Rows<Stored> rows = pages_.rows(batch, head, first);
+      if (in_place_ && ranges.size() == 1 && end - begin <= pages_.rows_left(begin)) {
+        const Rows<Stored> rows = pages_.rows(batch, head, begin);
         return {rows.data, rows.stride};
       }
     }
-    pages_.for_each_page(batch, head, first, first + count, [&](int n, Rows<Stored> rows, int in_page) {
-      convert_rows(Rows<const Stored>{rows.data, rows.stride}, Rows<Operand>{scratch + n * head_dim_, head_dim_},
-                   in_page, head_dim_);
-    });
+    Operand* to = scratch;
+    for (const KeyRange& range : ranges) {
+      pages_.for_each_page(batch, head, range.begin, range.end, [&](int, Rows<Stored> rows, int in_page) {
+        convert_rows(Rows<const Stored>{rows.data, rows.stride}, Rows<Operand>{to, head_dim_}, in_page, head_dim_);
+        to += static_cast<int64_t>(in_page) * head_dim_;
+      });
+    }
     return {scratch, head_dim_};
   }
 

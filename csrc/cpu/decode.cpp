@@ -23,7 +23,7 @@ struct DecodeTile {
   // A part begins no later than the first query, so that every row sees a key of it.
   TileWork part(int split) const {
     const int begin = split * keys_per_split;
-    return {batch, heads, tile, begin, split + 1 == splits ? tile.end : begin + keys_per_split};
+    return {batch, heads, tile, {begin, split + 1 == splits ? tile.end : begin + keys_per_split}};
   }
 };
 
@@ -106,7 +106,7 @@ DecodePlan plan_decode(const DecodeParams& params, const std::vector<ForwardPara
 }
 
 float* lse_of(const ForwardParams& params, int batch, int head) {
-  return params.softmax_lse + (static_cast<int64_t>(batch) * params.shape.heads + head) * params.shape.seqlen_q;
+  return params.softmax_lse + params.lse_row(batch, head);
 }
 
 // Queries before a sequence's first token see nothing.
@@ -222,7 +222,7 @@ void run_decode(const DecodeParams& params, ParallelFor parallel_for) {
       const auto [tile_index, split] = plan.tasks[index];
       const DecodeTile& tile = plan.tiles[tile_index];
       const ForwardParams& sequence = sequences[tile.batch];
-      result.run(sequence, keys_and_values, tile.part(split));
+      result.run(sequence, nullptr, keys_and_values, tile.part(split));
       if (tile.splits == 1) return store_tile(sequence, tile, result);
       const int64_t row = tile.first_row + int64_t{split} * tile.rows();
       const int heads = tile.heads.count();
@@ -241,26 +241,15 @@ void run_decode(const DecodeParams& params, ParallelFor parallel_for) {
   });
 }
 
-template <class Storage, class Operand>
-void run_decode(const DecodeParams& params, ParallelFor parallel_for) {
-  return params.cache.float8 ? run_decode<Storage, Operand, Float8>(params, parallel_for)
-                             : run_decode<Storage, Operand, Storage>(params, parallel_for);
-}
-
 }  // namespace
 
 void dca_decode(const DecodeParams& params, ParallelFor parallel_for) {
-  switch (params.dtype) {
-    case DataType::kFloat64:  // no float8 cache
-      return run_decode<double, double, double>(params, parallel_for);
-    case DataType::kFloat32:
-      return run_decode<float, float>(params, parallel_for);
-    case DataType::kBFloat16:
-      return has_fast_bfloat16_gemm() ? run_decode<BFloat16, BFloat16>(params, parallel_for)
-                                      : run_decode<BFloat16, float>(params, parallel_for);
-    case DataType::kFloat16:
-      return run_decode<Float16, float>(params, parallel_for);
-  }
+  with_element_types(params.dtype, [&]<class Storage, class Operand> {
+    if constexpr (!std::is_same_v<Storage, double>) {  // which has no float8 cache
+      if (params.cache.float8) return run_decode<Storage, Operand, Float8>(params, parallel_for);
+    }
+    run_decode<Storage, Operand, Storage>(params, parallel_for);
+  });
 }
 
 }  // namespace chunkattn::cpu

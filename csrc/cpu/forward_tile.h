@@ -16,8 +16,7 @@ struct TileWork {
   int batch;
   HeadRange heads;
   QueryTile tile;
-  int key_begin;  // keys attended, among those the tile sees; not behind the tile's first query
-  int key_end;
+  KeyRange keys;  // attended, among those the tile sees; begins no later than the tile's first query
 };
 
 template <class Storage, class Operand>
@@ -43,10 +42,12 @@ class ForwardTile {
         shift_(rows),
         sum_(rows) {}
 
-  // Leaves the tile's output and softmax state to the accessors below. keys_and_values has keys and values, of which
-  // block() and factor() are used: see KeyOperand.
+  // Leaves the tile's output and softmax state to the accessors below. regions: see TileSegments; heads that run
+  // together have the same. keys_and_values has keys and values, of which block() and factor() are used: see
+  // KeyOperand.
   template <class KeysAndValues>
-  void run(const ForwardParams& params, const KeysAndValues& keys_and_values, const TileWork& work) {
+  void run(const ForwardParams& params, const RegionLists* regions, const KeysAndValues& keys_and_values,
+           const TileWork& work) {
     heads_ = work.heads.count();
     rows_ = (work.tile.end - work.tile.begin) * heads_;
     const int kv_head = work.heads.begin / (params.shape.heads / params.shape.kv_heads);
@@ -55,20 +56,16 @@ class ForwardTile {
     std::fill_n(shift_.data(), rows_, -std::numeric_limits<Accum>::infinity());
     std::fill_n(sum_.data(), rows_, Accum(0));
     bool first = true;
-    const SegmentList segments = params.geometry.segments(work.tile);
-    for (int i = 0; i < segments.count; ++i) {
-      Segment segment = segments.items[i];
-      segment.key_begin = std::max(segment.key_begin, work.key_begin);
-      segment.key_end = std::min(segment.key_end, work.key_end);
-      if (segment.key_begin >= segment.key_end) continue;
+    TileSegments segments(params, regions);
+    segments.for_each(work.batch, work.heads.begin, work.tile, work.keys, [&](const KeySegment& segment) {
       load_queries<Storage>(params, work.batch, work.heads, work.tile, segment.regime, queries_.data());
-      for_each_block(segment, work.tile, heads_, kKeys, [&](const LogitBlock& block) {
+      for_each_block<kKeys>(segment, work.tile, heads_, [&](const LogitBlock& block, std::span<const KeyRange> ranges) {
         const auto& [keys, values] = keys_and_values;
-        attend(block, keys.block(work.batch, kv_head, block.first_key, block.keys, key_block_.data()),
-               values.block(work.batch, kv_head, block.first_key, block.keys, value_block_.data()), first);
+        attend(block, keys.block(work.batch, kv_head, ranges, key_block_.data()),
+               values.block(work.batch, kv_head, ranges, value_block_.data()), first);
         first = false;
       });
-    }
+    });
   }
 
   // The output of one of the heads, counted from 0, to `to`, a row for each query.
@@ -129,8 +126,9 @@ class ForwardTile {
 
 // Calls visit(tile, batch, head, query_tile) for every query tile of every head; `tile` has run.
 template <class Storage, class Operand, class Visit>
-void for_each_forward_tile(const ForwardParams& params, const KeysAndValues<Storage, Operand>& keys_and_values,
-                           ParallelFor parallel_for, const Visit& visit) {
+void for_each_forward_tile(const ForwardParams& params, const RegionLists* regions,
+                           const KeysAndValues<Storage, Operand>& keys_and_values, ParallelFor parallel_for,
+                           const Visit& visit) {
   using Tile = ForwardTile<Storage, Operand>;
   const AttentionShape& shape = params.shape;
   const int64_t batch_heads = static_cast<int64_t>(shape.batch) * shape.heads;
@@ -142,7 +140,7 @@ void for_each_forward_tile(const ForwardParams& params, const KeysAndValues<Stor
       const QueryTile query_tile = tiling.tile(tiles - 1 - static_cast<int>(task / batch_heads));
       const int batch = static_cast<int>(task % batch_heads / shape.heads);
       const int head = static_cast<int>(task % shape.heads);
-      tile.run(params, keys_and_values, {batch, {head, head + 1}, query_tile, 0, shape.seqlen_k});
+      tile.run(params, regions, keys_and_values, {batch, {head, head + 1}, query_tile, {0, shape.seqlen_k}});
       visit(tile, batch, head, query_tile);
     };
   });

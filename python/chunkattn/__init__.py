@@ -2,7 +2,7 @@
 
 from chunkattn import _core, _ops, _registration, reference
 from chunkattn._temperature import temperature
-from chunkattn.functional import dca, dca_varlen, dca_with_kvcache
+from chunkattn.functional import dca, dca_varlen, dca_with_kvcache, select, select_merge
 from chunkattn.rotary import CRDNTK, dynamic_ntk_base, ntk_base, rope_rows, rope_table
 
 __version__ = _core.build_info()["version"]
@@ -17,5 +17,7 @@ __all__ = [
     "reference",
     "rope_rows",
     "rope_table",
+    "select",
+    "select_merge",
     "temperature",
 ]

@@ -9,9 +9,6 @@ from torch.library import Library, register_autograd, register_fake
 
 from chunkattn import _ops  # noqa: F401  defines the operators
 
-_ARGUMENTS = ("q", "k", "v", "cos", "sin", "chunk_size", "local_size", "scale", "temperature")
-_VARLEN_ARGUMENTS = (*_ARGUMENTS[:5], "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", *_ARGUMENTS[5:])
-
 _library = Library("chunkattn", "FRAGMENT")
 
 
@@ -91,53 +88,81 @@ def _dca_with_kvcache_out_fake(q, *arguments):
     return _dca_with_kvcache_fake(q, *arguments)[1]
 
 
-def _setup_context(names: tuple[str, ...], ctx, inputs, output) -> None:
-    """names: of the arguments in the order of the operator, up to the temperature; the flags follow."""
+@register_fake("chunkattn::select")
+def _select_fake(q, k, region_size, top_k, merge, eligibility="group", selection="lookahead", heads="kv"):
+    _check_devices(q, k=k)
+    # Sizes below 1 are for the kernels to refuse.
+    groups = -(-q.shape[1] // max(1, region_size * merge))
+    index_heads = q.shape[2] if heads == "q" else k.shape[2]
+    return q.new_empty((q.shape[0], index_heads, groups, top_k), dtype=torch.int32)
+
+
+@register_fake("chunkattn::select_merge")
+def _select_merge_fake(q, k, v, indices, region_size, merge, scale=None, deterministic=False):
+    _check_devices(q, k=k, v=v, indices=indices)
+    batch, seqlen, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seqlen), dtype=torch.float32)
+
+
+@register_fake("chunkattn::select_merge_backward")
+def _select_merge_backward_fake(
+    dout, q, k, v, out, softmax_lse, indices, region_size, merge, scale=None, deterministic=False
+):
+    _check_devices(q, dout=dout, k=k, v=v, out=out, softmax_lse=softmax_lse, indices=indices)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _names(operator: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.chunkattn, operator).default._schema.arguments]
+
+
+def _setup_context(operator: str, ctx, inputs, output) -> None:
     # The function has asked before the launch; this is for direct calls of the operator.
-    wanted = (name for name, needed in zip(names, ctx.needs_input_grad, strict=False) if needed)
-    check_gradients(wanted)
+    check_gradients(name for name, needed in zip(_names(operator), ctx.needs_input_grad, strict=False) if needed)
     out, softmax_lse = output
     ctx.mark_non_differentiable(softmax_lse)
     ctx.set_materialize_grads(False)
-    q, k, v, *middle, temperature = inputs[: len(names)]
-    tensors = [argument for argument in middle if isinstance(argument, Tensor)]
-    ctx.save_for_backward(q, k, v, out, softmax_lse, *tensors, temperature)
-    ctx.options = middle[len(tensors) :], inputs[len(names) :]
+    ctx.are_tensors = [isinstance(argument, Tensor) for argument in inputs]
+    ctx.others = [argument for argument in inputs if not isinstance(argument, Tensor)]
+    ctx.save_for_backward(out, softmax_lse, *(argument for argument in inputs if isinstance(argument, Tensor)))
 
 
-def _backward(operator, ctx, dout, _):
+def _backward(operator: str, ctx, dout, _):
+    """The operator's backward takes dout, q, k, v, out, softmax_lse, then what the operator takes after v."""
     if dout is None:
         return (None,) * len(ctx.needs_input_grad)
-    *tensors, temperature = ctx.saved_tensors
-    sizes, flags = ctx.options
     if dout.stride(-1) != 1:  # expanded, as by sum()
         dout = dout.contiguous()
-    grads = operator(dout, *tensors, *sizes, temperature, *flags)
+    out, softmax_lse, *tensors = ctx.saved_tensors
+    tensors, others = iter(tensors), iter(ctx.others)
+    q, k, v, *rest = [next(tensors if is_tensor else others) for is_tensor in ctx.are_tensors]
+    grads = getattr(torch.ops.chunkattn, f"{operator}_backward")(dout, q, k, v, out, softmax_lse, *rest)
     return *grads, *(None for _ in ctx.needs_input_grad[3:])
 
 
-def _dca_double_backward(ctx, *grads):
-    raise NotImplementedError("chunkattn: dca has no second derivative; call backward without create_graph=True")
-
-
-for _name, _names in (("dca", _ARGUMENTS), ("dca_varlen", _VARLEN_ARGUMENTS)):
-    register_autograd(
-        f"chunkattn::{_name}",
-        partial(_backward, getattr(torch.ops.chunkattn, f"{_name}_backward")),
-        setup_context=partial(_setup_context, _names),
+def _refuse_double_backward(operator: str, ctx, *grads):
+    raise NotImplementedError(
+        f"chunkattn: {operator} has no second derivative; call backward without create_graph=True"
     )
-    register_autograd(f"chunkattn::{_name}_backward", _dca_double_backward)
 
 
-def _autocast(operator, device_type: str):
-    """q, k and v in the dtype of autocast; the table and the temperature stay float32."""
+for _operator in ("dca", "dca_varlen", "select_merge"):
+    register_autograd(
+        f"chunkattn::{_operator}", partial(_backward, _operator), setup_context=partial(_setup_context, _operator)
+    )
+    register_autograd(f"chunkattn::{_operator}_backward", partial(_refuse_double_backward, _operator))
 
-    def cast_and_call(q, k, v, *rest):
+
+def _autocast(operator: str, count: int, device_type: str):
+    """The first `count` arguments, tensors, in the dtype of autocast; the others as they are."""
+
+    def call(*arguments):
         dtype = torch.get_autocast_dtype(device_type)
+        tensors = (_cast(tensor, device_type, dtype) for tensor in arguments[:count])
         with torch.autocast(device_type, enabled=False):
-            return operator(*(_cast(tensor, device_type, dtype) for tensor in (q, k, v)), *rest)
+            return getattr(torch.ops.chunkattn, operator)(*tensors, *arguments[count:])
 
-    return cast_and_call
+    return call
 
 
 def _cast(tensor: Tensor, device_type: str, dtype: torch.dtype) -> Tensor:
@@ -146,6 +171,7 @@ def _cast(tensor: Tensor, device_type: str, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if eligible else tensor
 
 
-for _name in ("dca", "dca_varlen"):
-    for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl(_name, _autocast(getattr(torch.ops.chunkattn, _name), _device_type), _key)
+# Rotary tables and temperatures stay float32.
+for _operator, _count in (("dca", 3), ("dca_varlen", 3), ("select", 2), ("select_merge", 3)):
+    _library.impl(_operator, _autocast(_operator, _count, "cpu"), "AutocastCPU")
+    _library.impl(_operator, _autocast(_operator, _count, "cuda"), "AutocastCUDA")

@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from cases import skip_without_kernels
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import chunkattn
@@ -710,6 +711,17 @@ def test_generation_decodes_over_the_cache(llama, monkeypatch, cache):
         assert [call["cache_seqlens"].tolist() for call in decode[::layers]] == [[LENGTH + n] * 2 for n in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_without_kernels_for_decoding(llama, monkeypatch, cache):
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+    expected = llama.generate(make_tokens(), **options)
+    monkeypatch.setattr(integration, "has_kernels", lambda operator, device: operator != "dca_with_kvcache")
+    prefill, decode = (calls_of(monkeypatch, name) for name in ("dca", "dca_with_kvcache"))
+    assert torch.equal(llama.generate(make_tokens(), **options), expected)
+    assert len(prefill) == 4 * llama.config.num_hidden_layers
+    assert not decode
+
+
 def static_steps(model, step, tokens, prompt):
     """Logits of tokens read through a static cache, those after the prompt one by one by `step`."""
     cache = transformers.StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 5)
@@ -761,6 +773,7 @@ def test_compiled_decoding_over_a_static_cache(llama):
 
 def test_generation_with_a_compiled_forward_on_cuda(cuda):
     # generate() compiles with reduce-overhead, CUDA graphs, by itself for a static cache on a GPU.
+    skip_without_kernels(cuda, "dca_with_kvcache")
     torch.compiler.reset()
     model = make_model(dtype=torch.bfloat16, head_dim=64).to(cuda)
     enable_dca(model, CHUNK, LOCAL)

@@ -9,7 +9,7 @@ calls attention. The hook on the rotary embedding takes positions modulo the str
 queries and cached keys arrive rotated at their row of the rotary table, as ``chunkattn.dca(..., q_rotated=True,
 k_rotated=True)`` expects. The hook on the decoder finds each sequence's real tokens and hands them to the layers
 through the keyword arguments that transformers forwards to its attention functions. Few queries, as in decoding, go
-through ``chunkattn.dca_with_kvcache`` on transformers' own cache.
+through ``chunkattn.dca_with_kvcache`` on transformers' own cache where it has kernels for their device.
 """
 
 import inspect
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import chunkattn
+from chunkattn._ops import has_kernels
 from chunkattn._temperature import temperature_of_one
 
 try:
@@ -196,7 +197,8 @@ class _DualChunk:
         A length that is a tensor, int32 [B], stays on its device.
         """
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if isinstance(length, Tensor) and needs_grad:
+        decodes = not needs_grad and has_kernels("dca_with_kvcache", q.device)
+        if isinstance(length, Tensor) and not decodes:
             length = int(length[0])
         cos, sin = self._table(q.device)
         options = {
@@ -206,7 +208,7 @@ class _DualChunk:
             "temperature": self._temperature_of(length),
             "q_rotated": True,
         }
-        if isinstance(length, Tensor) or (q.shape[1] <= _DECODE_QUERIES and q.shape[1] < length and not needs_grad):
+        if decodes and (isinstance(length, Tensor) or (q.shape[1] <= _DECODE_QUERIES and q.shape[1] < length)):
             # Under autocast queries are float32, and the cache, like the result, is not.
             return chunkattn.dca_with_kvcache(
                 q.to(v.dtype), k.to(v.dtype), v, cos, sin, cache_seqlens=length, **options
@@ -259,7 +261,10 @@ class _DualChunk:
         cache = kwargs.get("past_key_values")
         cached = 0 if cache is None else cache.get_seq_length()
         batch, new = tokens.shape[:2]
-        # The length of a static cache in use is a tensor. Nobody waits for it unless there is something to check.
+        # The length of a static cache in use is a tensor. Nobody waits for it unless there is something to check, or
+        # nothing that could read it.
+        if not has_kernels("dca_with_kvcache", tokens.device):
+            cached = int(cached)
         device_length = cached + new if isinstance(cached, Tensor) else None
         if kwargs.get("attention_mask") is not None or kwargs.get("position_ids") is not None:
             cached = int(cached)
