@@ -6,44 +6,29 @@
 #include "../kernels.h"
 #include "checks.h"
 #include "ops.h"
+#include "results.h"
 #include "runtime.h"
 
 namespace chunkattn::bindings {
 
 namespace {
 
-struct Gradients {
-  Tensor dq;
-  Tensor dk;
-  Tensor dv;
-  bool empty;  // there is no query, so nothing flows back to the keys
-
-  std::tuple<Tensor, Tensor, Tensor> as_tuple() const { return {dq, dk, dv}; }
-};
-
-Gradients new_gradients(const DcaArguments& arguments) {
-  Gradients gradients{new_contiguous(arguments.q), new_contiguous(arguments.k), new_contiguous(arguments.v),
-                      arguments.q.numel() == 0};
-  if (gradients.empty) {
-    torch::stable::zero_(gradients.dk);
-    torch::stable::zero_(gradients.dv);
-  }
-  return gradients;
-}
-
 BackwardParams backward_params(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
                                const Tensor& softmax_lse, const Gradients& gradients) {
   BackwardParams params{};
   params.forward = forward_params(arguments, out, softmax_lse);
-  params.dout = dout.const_data_ptr();
-  params.dq = gradients.dq.mutable_data_ptr();
-  params.dk = gradients.dk.mutable_data_ptr();
-  params.dv = gradients.dv.mutable_data_ptr();
-  params.dout_strides = strides_of(dout);
-  params.dq_strides = strides_of(gradients.dq);
-  params.dk_strides = strides_of(gradients.dk);
-  params.dv_strides = strides_of(gradients.dv);
+  set_gradients(params, dout, gradients);
   return params;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_on_cpu(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
+                                                   const Tensor& softmax_lse) {
+  check_dca_backward(arguments, dout, out, softmax_lse);
+  const Gradients gradients = new_gradients(arguments.q, arguments.k, arguments.v);
+  const BackwardParams params = backward_params(arguments, dout, out, softmax_lse, gradients);
+  check_packed_contents(params.forward);
+  if (!gradients.empty) cpu::dca_backward(params, parallel_for);
+  return gradients.as_tuple();
 }
 
 }  // namespace
@@ -55,12 +40,18 @@ std::tuple<Tensor, Tensor, Tensor> dca_backward_cpu(Tensor dout, Tensor q, Tenso
                                                     bool k_rotated, bool /*deterministic*/) {
   const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
                                local_size, scale, temperature, interleaved, q_rotated, k_rotated};
-  check_dca_backward(arguments, dout, out, softmax_lse);
-  const Gradients gradients = new_gradients(arguments);
-  if (!gradients.empty) {
-    cpu::dca_backward(backward_params(arguments, dout, out, softmax_lse, gradients), parallel_for);
-  }
-  return gradients.as_tuple();
+  return backward_on_cpu(arguments, dout, out, softmax_lse);
+}
+
+std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward_cpu(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin,
+    Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t chunk_size,
+    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature, bool interleaved,
+    bool q_rotated, bool k_rotated, bool /*deterministic*/) {
+  const PackedSequences packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  const DcaArguments arguments{q,     k,           v,           cos,       sin,       chunk_size, local_size,
+                               scale, temperature, interleaved, q_rotated, k_rotated, packed};
+  return backward_on_cpu(arguments, dout, out, softmax_lse);
 }
 
 #ifdef CHUNKATTN_WITH_CUDA
@@ -73,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> dca_backward_cuda(Tensor dout, Tensor q, Tens
                                local_size, scale, temperature, interleaved, q_rotated, k_rotated};
   check_dca_backward(arguments, dout, out, softmax_lse);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Gradients gradients = new_gradients(arguments);
+  const Gradients gradients = new_gradients(q, k, v);
   if (gradients.empty) return gradients.as_tuple();
 
   const BackwardParams params = backward_params(arguments, dout, out, softmax_lse, gradients);

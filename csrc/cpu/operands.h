@@ -3,11 +3,14 @@
 
 #include <algorithm>
 #include <climits>
+#include <span>
 #include <utility>
 
 #include "cpu/buffer.h"
+#include "cpu/gemm.h"
 #include "cpu/parallel.h"
 #include "cpu/rotary.h"
+#include "cpu/tiles.h"
 #include "params.h"
 
 namespace chunkattn::cpu {
@@ -24,32 +27,48 @@ Rows<Element> rows_of(void* tensor, const Strides& strides, int batch, int64_t s
   return {static_cast<Element*>(tensor) + offset, strides.seq};
 }
 
+// Whether products read rows `stride` apart where they lie. BLAS takes no shorter or longer stride, and rows far apart
+// are slow to read again and again, once for each query of each head that shares them.
+inline bool read_in_place(int64_t stride, int head_dim, int64_t queries) {
+  return stride == head_dim || (stride > head_dim && stride <= INT_MAX && queries <= 256);
+}
+
 // Keys or values [batch, seqlen_k, kv_heads, head_dim]: the caller's tensor, or a copy of it.
 template <class Storage, class Operand>
 class KeyOperand {
  public:
   KeyOperand(const AttentionShape& shape, const void* tensor, const Strides& strides)
       : data_(tensor), strides_(strides), head_dim_(shape.head_dim) {
-    // BLAS takes no shorter or longer stride, and rows far apart are slow to read again and again.
-    const int64_t readers = static_cast<int64_t>(shape.heads / shape.kv_heads) * shape.seqlen_q;
-    const bool few_readers = readers <= 256 && strides.seq > head_dim_ && strides.seq <= INT_MAX;
-    by_block_ = !std::is_same_v<Storage, Operand> || (strides.seq != head_dim_ && !few_readers);
+    const int64_t queries = static_cast<int64_t>(shape.heads / shape.kv_heads) * shape.seqlen_q;
+    by_block_ = !std::is_same_v<Storage, Operand> || !read_in_place(strides.seq, head_dim_, queries);
   }
 
   KeyOperand(const AttentionShape& shape, Buffer<Operand> copy, const Strides& strides)
       : copy_(std::move(copy)), data_(copy_.data()), strides_(strides), head_dim_(shape.head_dim) {}
 
-  // Rows [first, first + count) of a head, ld() elements apart: in place, or copied to scratch [count, head_dim].
-  const Operand* block(int batch, int head, int first, int count, Operand* scratch) const {
-    if (!by_block_) return rows_of<Operand>(data_, strides_, batch, first, head).data;
-    convert_rows(rows_of<Storage>(data_, strides_, batch, first, head), Rows<Operand>{scratch, head_dim_}, count,
-                 head_dim_);
-    return scratch;
+  // The rows of a block of keys of a head, one range behind the other: in place, or copied to scratch [keys, head_dim].
+  Rows<const Operand> block(int batch, int head, std::span<const KeyRange> ranges, Operand* scratch) const {
+    if (by_block_) return copy_block<Storage>(batch, head, ranges, scratch);
+    if (ranges.size() > 1) return copy_block<Operand>(batch, head, ranges, scratch);
+    return rows_of<Operand>(data_, strides_, batch, ranges.front().begin, head);
   }
 
-  int ld() const { return by_block_ ? head_dim_ : static_cast<int>(strides_.seq); }
+  // What the rows of a head stand for, in multiples of what they are.
+  double factor(int /*head*/) const { return 1; }
 
  private:
+  template <class Element>
+  Rows<const Operand> copy_block(int batch, int head, std::span<const KeyRange> ranges, Operand* scratch) const {
+    Operand* to = scratch;
+    for (const KeyRange& range : ranges) {
+      const int keys = range.end - range.begin;
+      convert_rows(rows_of<Element>(data_, strides_, batch, range.begin, head), Rows<Operand>{to, head_dim_}, keys,
+                   head_dim_);
+      to += static_cast<int64_t>(keys) * head_dim_;
+    }
+    return {scratch, head_dim_};
+  }
+
   Buffer<Operand> copy_;
   const void* data_;
   Strides strides_;
@@ -93,19 +112,46 @@ KeysAndValues<Storage, Operand> make_keys_and_values(const ForwardParams& params
           KeyOperand<Storage, Operand>(params.shape, params.v, params.v_strides)};
 }
 
-// The queries of a tile as a regime wants them, packed.
+// Query heads that share a KV head.
+struct HeadRange {
+  int begin;
+  int end;
+
+  int count() const { return end - begin; }
+};
+
+// The queries of a tile as a regime wants them, packed [queries, heads, head_dim].
 template <class Storage, class Operand>
-void load_queries(const ForwardParams& params, int batch, int head, QueryTile tile, Regime regime, Operand* queries) {
+void load_queries(const ForwardParams& params, int batch, HeadRange heads, QueryTile tile, Regime regime,
+                  Operand* queries) {
   const int head_dim = params.shape.head_dim;
   const int rows = tile.end - tile.begin;
-  const auto from = rows_of<Storage>(params.q, params.q_strides, batch, tile.begin - params.first_position(), head);
-  const Rows<Operand> to = {queries, head_dim};
-  if (params.q_rotated && regime == Regime::kIntra) {
-    convert_rows(from, to, rows, head_dim);
-    return;
+  for (int head = heads.begin; head < heads.end; ++head) {
+    const auto from = rows_of<Storage>(params.q, params.q_strides, batch, tile.begin - params.first_position(), head);
+    const Rows<Operand> to = {queries + (head - heads.begin) * head_dim, int64_t{head_dim} * heads.count()};
+    if (params.q_rotated && regime == Regime::kIntra) {
+      convert_rows(from, to, rows, head_dim);
+    } else {
+      rotate_rows(from, to, rows, head_dim, params.rotary, RotationSense::kForward,
+                  [&](int n) { return params.geometry.query_rotation(regime, tile.begin + n, params.q_rotated); });
+    }
   }
-  rotate_rows(from, to, rows, head_dim, params.rotary, RotationSense::kForward,
-              [&](int n) { return params.geometry.query_rotation(regime, tile.begin + n, params.q_rotated); });
+}
+
+// Calls run.operator()<Storage, Operand>() with the element types of tensors of a dtype and of their matrix products.
+template <class Run>
+void with_element_types(DataType dtype, const Run& run) {
+  switch (dtype) {
+    case DataType::kFloat64:
+      return run.template operator()<double, double>();
+    case DataType::kFloat32:
+      return run.template operator()<float, float>();
+    case DataType::kBFloat16:
+      return has_fast_bfloat16_gemm() ? run.template operator()<BFloat16, BFloat16>()
+                                      : run.template operator()<BFloat16, float>();
+    case DataType::kFloat16:
+      return run.template operator()<Float16, float>();
+  }
 }
 
 // scale and temperature of a batch row

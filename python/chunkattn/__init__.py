@@ -2,7 +2,7 @@
 
 from chunkattn import _core, _ops, _registration, reference
 from chunkattn._temperature import temperature
-from chunkattn.functional import dca
+from chunkattn.functional import dca, dca_varlen, dca_with_kvcache, select, select_merge
 from chunkattn.rotary import CRDNTK, dynamic_ntk_base, ntk_base, rope_rows, rope_table
 
 __version__ = _core.build_info()["version"]
@@ -10,10 +10,14 @@ __version__ = _core.build_info()["version"]
 __all__ = [
     "CRDNTK",
     "dca",
+    "dca_varlen",
+    "dca_with_kvcache",
     "dynamic_ntk_base",
     "ntk_base",
     "reference",
     "rope_rows",
     "rope_table",
+    "select",
+    "select_merge",
     "temperature",
 ]

@@ -41,15 +41,23 @@ __device__ __forceinline__ void finish_unit(const BackwardParams& params, const 
   const RotaryUnit unit = rotary_unit(forward.rotary, place.unit);
   if (unit.first >= forward.shape.head_dim) return;
   const bool has_second = unit.second < forward.shape.head_dim;
-  float first[kChunk] = {}, second[kChunk] = {};
+  // All loads first: a thread that waited for each regime's before asking for the next would leave memory idle.
+  constexpr int kRegimes = 3;
+  int table_row[kRegimes];
+  float a[kRegimes][kChunk] = {}, b[kRegimes][kChunk] = {};
   for_each_regime(params, workspace, place.query, [&](Regime regime, int row) {
+    const int i = static_cast<int>(regime);
     const GradientRow source = gradient_row(params, workspace, plane, place.query, regime, row);
-    float a[kChunk], b[kChunk] = {};
-    load_floats(source.data + unit.first, a);
-    if (has_second) load_floats(source.data + unit.second, b);
-    if (source.table_row >= 0) rotate_unit_back(a, b, unit, forward.rotary, source.table_row);
-    add(first, a);
-    add(second, b);
+    table_row[i] = source.table_row;
+    load_floats(source.data + unit.first, a[i]);
+    if (has_second) load_floats(source.data + unit.second, b[i]);
+  });
+  float first[kChunk] = {}, second[kChunk] = {};
+  for_each_regime(params, workspace, place.query, [&](Regime regime, int) {
+    const int i = static_cast<int>(regime);
+    if (table_row[i] >= 0) rotate_unit_back(a[i], b[i], unit, forward.rotary, table_row[i]);
+    add(first, a[i]);
+    add(second, b[i]);
   });
   *reinterpret_cast<uint4*>(dq + unit.first) = pack_scaled<T>(first, scale);
   if (has_second) *reinterpret_cast<uint4*>(dq + unit.second) = pack_scaled<T>(second, scale);

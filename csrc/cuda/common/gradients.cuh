@@ -100,7 +100,7 @@ __device__ __forceinline__ void store_staged(const StagedRows<kRows, kHeadDim>& 
                                              bool vectorized, int thread) {
   constexpr int kUnits = kHeadDim / (2 * kChunk);
   const bool rotated = table_row >= 0;
-#pragma unroll 1
+#pragma unroll 4
   for (int i = thread; i < valid * kUnits; i += kThreads) {
     const int n = i / kUnits;
     const float* source = staged.row(n);
