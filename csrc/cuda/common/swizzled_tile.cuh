@@ -13,6 +13,10 @@ __device__ __forceinline__ void store_shared(uint32_t address, const uint4& chun
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, const uint2& half_chunk) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(address), "r"(half_chunk.x), "r"(half_chunk.y) : "memory");
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t pair) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(pair) : "memory");
 }

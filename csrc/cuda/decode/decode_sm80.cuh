@@ -12,6 +12,7 @@
 
 #include "cuda/common/softmax_state.cuh"
 #include "cuda/decode/key_stream.cuh"
+#include "cuda/decode/new_rows.cuh"
 #include "cuda/decode/paths.h"
 #include "cuda/decode/products.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
@@ -85,6 +86,18 @@ struct DecodeSm80 {
 
   static __device__ __forceinline__ int team() { return threadIdx.x / 32 / Sizes::kTeamWarps; }
   static __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % Sizes::kTeamWarps * kDecodeWarpRows; }
+
+  // New rows of a tile, which the stream has left alone in both buffers. What they need is read while the other rows
+  // are still on their way.
+  __device__ __forceinline__ void append(const PieceRows& rows, int batch, int key_begin, const KeyTile& k,
+                                         const KeyTile& v) const {
+    const int from = max(rows.lengths.stored, key_begin);
+    const int to = min(rows.lengths.total, key_begin + kTileN);
+    if (from >= to) return;
+    const NewRows<T, kHeadDim, kFloat8> new_rows{params, batch, kv_head, rows.lengths.stored};
+    new_rows.append(from, to, key_begin, k, v, paths.new_rows, static_cast<int>(threadIdx.x) % (Sizes::kTeamWarps * 32),
+                    Sizes::kTeamWarps * 32);
+  }
 
   static __device__ __forceinline__ void sync_team() {
     if constexpr (Sizes::kTeamWarps == 1) {
@@ -314,6 +327,7 @@ struct DecodeSm80 {
 
     // Item n of K, V, K, ... lies in buffer n % kBuffers. The buffer that is filled was read by the item before.
     int buffer = 0, free_buffer = kBuffers - 1;
+    const auto next_of = [](int index) { return index + 1 == kBuffers ? 0 : index + 1; };
     const auto tile_at = [&](int index) { return KeyTile{buffers + index * KeyTile::kBytes}; };
     const auto load_item = [&](auto is_keys, int index) {
       stream.template load<decltype(is_keys)::value>(tile_at(index));
@@ -332,7 +346,7 @@ struct DecodeSm80 {
       sync_team();  // the item is there, and all have read the one before
       load_item(std::bool_constant<decltype(reads_keys)::value == kSameKind>{}, free_buffer);
       free_buffer = buffer;
-      buffer = buffer + 1 == kBuffers ? 0 : buffer + 1;
+      buffer = next_of(buffer);
       return tile_at(free_buffer);
     };
 
@@ -348,6 +362,8 @@ struct DecodeSm80 {
       OnlineSoftmax<1> softmax;
 #pragma unroll 1
       for (int tile = piece.begin + team(); tile < piece.end; tile += kTeams) {
+        // Both items are under way at least, so nobody reads their buffers any more.
+        if (plan.fused_append) append(rows, piece.batch, tile * kTileN, tile_at(buffer), tile_at(next_of(buffer)));
         Logits logits;
         compute_logits(logits, q_tiles, next_item(std::true_type{}), rows, tile * kTileN);
         float shrink[1][2];

@@ -10,10 +10,8 @@
 namespace chunkattn::cuda {
 
 // Walks the tiles of a team through all pieces of the thread block's share: load_keys, load_values, load_keys, ... Each
-// warp of the team copies kWarpKeys rows of a tile. Rows behind the sequence are zeros and nothing of them is read.
-//
-// New tokens do not take the way through the cache: whoever attends to them computes their rows, writes them to the
-// cache and puts them into the tile. So nobody waits for anybody.
+// warp of the team copies kWarpKeys rows of a tile. Rows behind the sequence are zeros and nothing of them is read. New
+// rows that this kernel appends are left alone: see NewRows.
 template <typename T, int kHeadDim, bool kFloat8, bool kManyRows>
 class KeyStream {
   using Sizes = DecodeSizes<kHeadDim, kFloat8, kManyRows>;
@@ -30,7 +28,7 @@ class KeyStream {
         kv_head_(kv_head),
         fused_append_(fused_append),
         vectorized_(vectorized),
-        one_page_(params.cache.block_table == nullptr || params.cache.page_size % Sizes::kWarpKeys == 0),
+        whole_spans_(params.cache.block_table == nullptr || params.cache.page_size % kSpan == 0),
         piece_(schedule.first()) {
     tile_ = piece_.begin + threadIdx.x / 32 / Sizes::kTeamWarps;
     open_piece();
@@ -53,6 +51,10 @@ class KeyStream {
   static constexpr int kRowsAtOnce = 32 / kChunksPerRow;
   static constexpr int kSteps = Sizes::kWarpKeys / kRowsAtOnce;
   static constexpr int kElementsPerChunk = 16 / static_cast<int>(sizeof(Bits));
+  static constexpr int kSpan = kDecodePageSpan;  // rows that lie in one page, whatever the page, if its size allows
+  static constexpr int kSpans = Sizes::kWarpKeys / kSpan;
+  static constexpr int kStepsPerSpan = kSteps / kSpans;
+  static_assert(kStepsPerSpan * kSpans == kSteps);
 
   // The rows of a tile that this warp copies.
   struct WarpRows {
@@ -60,7 +62,8 @@ class KeyStream {
     int batch;
     int begin;  // position of the first
     SequenceLengths lengths;
-    CacheRow place;  // of the first, or where they lie in several pages, of row lane % kWarpKeys
+    CacheRow places[kSpans];  // of each span's first; where spans may lie in several pages, [0] is of row
+                              // lane % kWarpKeys
   };
 
   __device__ __forceinline__ void open_piece() {
@@ -80,9 +83,15 @@ class KeyStream {
   // Loads from the block table what the copies will need one tile later.
   __device__ __forceinline__ WarpRows rows_of_tile() const {
     if (tile_ >= piece_.end) return {};
-    WarpRows rows{Sizes::kWarpKeys, piece_.batch, tile_ * Sizes::kTileN + team_row(), lengths_, {-1, 0}};
-    const int position = rows.begin + (one_page_ ? 0 : static_cast<int>(threadIdx.x) % Sizes::kWarpKeys);
-    if (position < lengths_.stored) rows.place = cache_row(params_.cache, rows.batch, position);
+    WarpRows rows{Sizes::kWarpKeys, piece_.batch, tile_ * Sizes::kTileN + team_row(), lengths_, {}};
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+      const int row = whole_spans_ ? span * kSpan : static_cast<int>(threadIdx.x) % Sizes::kWarpKeys;
+      rows.places[span] = {-1, 0};
+      if (rows.begin + row < lengths_.stored) {
+        rows.places[span] = cache_row(params_.cache, rows.batch, rows.begin + row);
+      }
+    }
     return rows;
   }
 
@@ -96,13 +105,19 @@ class KeyStream {
     const int row = lane / kChunksPerRow, chunk = lane % kChunksPerRow;
     const int element = chunk * kElementsPerChunk;
     const bool inside = element < params_.head_dim;
-    if (vectorized_ && one_page_ && current_.place.page >= 0 &&
-        current_.begin + Sizes::kWarpKeys <= current_.lengths.stored) {
-      const Bits* source = cache + cache_offset(strides, current_.place, kv_head_) + row * strides.seq + element;
+    bool all_there = vectorized_ && whole_spans_ && current_.begin + Sizes::kWarpKeys <= current_.lengths.stored;
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        ptx::cp_async_16(tile.address(team_row() + i * kRowsAtOnce + row, chunk),
-                         source + i * kRowsAtOnce * strides.seq, inside);
+    for (int span = 0; span < kSpans; ++span) all_there = all_there && current_.places[span].page >= 0;
+    if (all_there) {
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span) {
+        const Bits* source =
+            cache + cache_offset(strides, current_.places[span], kv_head_) + row * strides.seq + element;
+#pragma unroll
+        for (int i = 0; i < kStepsPerSpan; ++i) {
+          ptx::cp_async_16(tile.address(team_row() + span * kSpan + i * kRowsAtOnce + row, chunk),
+                           source + i * kRowsAtOnce * strides.seq, inside);
+        }
       }
       return;
     }
@@ -118,45 +133,43 @@ class KeyStream {
         ptx::cp_async_16(tile.address(team_row() + n, chunk), source, valid);
       }
     }
-    load_elements<kKeys>(params_, current_, kv_head_, !vectorized_, tile);
+    if (!vectorized_) load_elements<kKeys>(params_, current_, kv_head_, tile);
   }
 
   // Of one of the warp's rows. Called by the whole warp.
   __device__ __forceinline__ CacheRow place_of(int row) const {
-    if (one_page_) return {current_.place.page, current_.place.row + row};
-    return {__shfl_sync(0xffffffffu, current_.place.page, row), __shfl_sync(0xffffffffu, current_.place.row, row)};
+    if (!whole_spans_) {
+      return {__shfl_sync(0xffffffffu, current_.places[0].page, row),
+              __shfl_sync(0xffffffffu, current_.places[0].row, row)};
+    }
+    CacheRow place = current_.places[0];
+#pragma unroll
+    for (int span = 1; span < kSpans; ++span) {
+      if (row >= span * kSpan) place = current_.places[span];
+    }
+    return {place.page, place.row + row % kSpan};
   }
 
-  // New rows, and where the cache cannot be read in whole chunks all rows. Rare and bulky, so not inlined.
+  // Where the cache cannot be read in whole chunks. Rare and bulky, so not inlined.
   template <bool kKeys>
   static __device__ __noinline__ void load_elements(const DecodeParams& params, const WarpRows rows, int kv_head,
-                                                    bool all, const Tile tile) {
-    const int from = all ? rows.begin : max(rows.lengths.stored, rows.begin);
-    const int to = min(all ? INT32_MAX : rows.lengths.total, rows.begin + Sizes::kWarpKeys);
-#pragma unroll 4
-    for (int i = threadIdx.x % 32; i < (to - from) * kHeadDim; i += 32) {
-      const int position = from + i / kHeadDim;
-      const int d = i % kHeadDim;
-      const bool inside = d < params.head_dim && position < rows.lengths.total;
-      const Bits bits = inside ? take_element<kKeys>(params, rows, kv_head, position, d) : Bits{0};
-      const uint32_t address = tile.address(team_row() + position - rows.begin, d / kElementsPerChunk) +
-                               d % kElementsPerChunk * static_cast<uint32_t>(sizeof(Bits));
-      store_shared(address, bits);
-    }
-  }
-
-  template <bool kKeys>
-  static __device__ __forceinline__ Bits take_element(const DecodeParams& params, const WarpRows& rows, int kv_head,
-                                                      int position, int d) {
+                                                    const Tile tile) {
     const Strides& strides = kKeys ? params.cache.k_strides : params.cache.v_strides;
-    const CacheRow place = cache_row(params.cache, rows.batch, position);
-    Bits* element =
-        static_cast<Bits*>(kKeys ? params.cache.k : params.cache.v) + cache_offset(strides, place, kv_head) + d;
-    if (position < rows.lengths.stored) return place.page >= 0 ? *element : Bits{0};
-    const Bits bits =
-        new_element<T, kFloat8, kKeys>(params, rows.batch, position - rows.lengths.stored, position, kv_head, d);
-    if (place.page >= 0) *element = bits;
-    return bits;
+    const Bits* cache = static_cast<const Bits*>(kKeys ? params.cache.k : params.cache.v);
+#pragma unroll 4
+    for (int i = threadIdx.x % 32; i < Sizes::kWarpKeys * kHeadDim; i += 32) {
+      const int position = rows.begin + i / kHeadDim;
+      const int d = i % kHeadDim;
+      if (position >= rows.lengths.stored && position < rows.lengths.total) continue;
+      Bits bits{0};
+      if (d < params.head_dim && position < rows.lengths.stored) {
+        const CacheRow place = cache_row(params.cache, rows.batch, position);
+        if (place.page >= 0) bits = cache[cache_offset(strides, place, kv_head) + d];
+      }
+      store_shared(tile.address(team_row() + i / kHeadDim, d / kElementsPerChunk) +
+                       d % kElementsPerChunk * static_cast<uint32_t>(sizeof(Bits)),
+                   bits);
+    }
   }
 
   const DecodeParams& params_;
@@ -164,7 +177,7 @@ class KeyStream {
   const int kv_head_;
   const bool fused_append_;
   const bool vectorized_;
-  const bool one_page_;  // a warp's rows of a tile never lie in two pages
+  const bool whole_spans_;  // a span of rows never lies in two pages
   Piece piece_;
   int tile_;
   SequenceLengths lengths_;  // of the piece's sequence; all is stored if the append is not ours

@@ -9,6 +9,7 @@ namespace chunkattn::cuda {
 struct DecodePaths {
   bool q;  // pairs and table rows fall on whole pieces too
   bool cache;
+  bool new_rows;  // and the cache, into which they go
   bool out;
 };
 
@@ -20,9 +21,12 @@ inline bool cache_rows_aligned(const KeyValueCache& cache, const void* rows, con
 
 inline DecodePaths decode_paths(const DecodeParams& params) {
   const KeyValueCache& cache = params.cache;
-  return {rows_aligned(params.q, params.q_strides, params.head_dim) && rotation_aligned(params.rotary),
-          cache_rows_aligned(cache, cache.k, cache.k_strides, params.head_dim) &&
-              cache_rows_aligned(cache, cache.v, cache.v_strides, params.head_dim),
+  const bool rotation = rotation_aligned(params.rotary);
+  const bool cache_rows = cache_rows_aligned(cache, cache.k, cache.k_strides, params.head_dim) &&
+                          cache_rows_aligned(cache, cache.v, cache.v_strides, params.head_dim);
+  return {rows_aligned(params.q, params.q_strides, params.head_dim) && rotation, cache_rows,
+          cache_rows && rotation && rows_aligned(params.new_k, params.new_k_strides, params.head_dim) &&
+              rows_aligned(params.new_v, params.new_v_strides, params.head_dim),
           rows_aligned(params.out, params.out_strides, params.head_dim)};
 }
 

@@ -50,6 +50,9 @@ struct DecodeTile<256, true> {
 
 constexpr int kDecodeWarpRows = 16;
 
+// Rows of a tile that lie in one page of any size that is a multiple of it.
+constexpr int kDecodePageSpan = 16;
+
 // What follows from them. Of a tile a warp copies 16 keys; with few rows and float8 twice as many, which are as many
 // bytes.
 template <int kHeadDim, bool kFloat8, bool kManyRows>
