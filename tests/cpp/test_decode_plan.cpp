@@ -118,28 +118,35 @@ void test_equal_shares() {
       const EqualShares shares{tiles, groups};
       for (int group = 0; group <= groups; ++group) {
         CHECK(shares.begin(group) == int64_t{group} * tiles / groups, "group ", group, " of ", groups);
+        for (const int tile : {shares.begin(group) - 1, shares.begin(group)}) {
+          if (tile < 0 || tile >= tiles) continue;
+          const auto expected = ((int64_t{tile} + 1) * groups - 1) / tiles;
+          CHECK(shares.group_of(tile) == expected, "tile ", tile, " of ", tiles, " groups ", groups);
+        }
       }
     }
   }
 }
 
-// No two parts of sequences are left in one place.
+// No two parts of sequences are left in one place, whatever lies between the sequences.
 void test_partial_slots() {
-  for (const std::vector<int>& sequences : {std::vector<int>{40}, {1, 1, 1, 1, 9}, {7, 1, 30, 2, 2, 19}}) {
-    int tiles = 0;
-    for (const int n : sequences) tiles += n;
-    for (int groups = 1; groups <= tiles; ++groups) {
-      const EqualShares shares{tiles, groups};
-      std::set<int> slots;
-      int start = 0;
-      for (const int n : sequences) {
-        const int first = shares.group_of(start), last = shares.group_of(start + n - 1);
-        for (int group = first; first < last && group <= last; ++group) {
-          const int slot = chunkattn::cuda::partial_slot(group, group == first);
-          CHECK(slot < 2 * groups && slots.insert(slot).second, "slot ", slot, " groups ", groups);
-          CHECK((std::max(shares.begin(group), start) == start) == (group == first), "group ", group);
+  for (const int piece_cost : {0, 1, 8}) {
+    for (const std::vector<int>& sequences : {std::vector<int>{40}, {1, 1, 1, 1, 9}, {7, 1, 30, 2, 2, 19}}) {
+      int tiles = -piece_cost;
+      for (const int n : sequences) tiles += piece_cost + n;
+      for (int groups = 1; groups <= tiles; ++groups) {
+        const EqualShares shares{tiles, groups};
+        std::set<int> slots;
+        int start = 0;
+        for (const int n : sequences) {
+          const int first = shares.group_of(start), last = shares.group_of(start + n - 1);
+          for (int group = first; first < last && group <= last; ++group) {
+            const int slot = chunkattn::cuda::partial_slot(group, group == first);
+            CHECK(slot < 2 * groups && slots.insert(slot).second, "slot ", slot, " groups ", groups);
+            CHECK((std::max(shares.begin(group), start) == start) == (group == first), "group ", group);
+          }
+          start += n + piece_cost;
         }
-        start += n;
       }
     }
   }

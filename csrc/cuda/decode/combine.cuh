@@ -3,6 +3,7 @@
 
 #include "cuda/common/numeric.cuh"
 #include "cuda/common/softmax_state.cuh"
+#include "cuda/decode/plan.h"
 #include "cuda/decode/sequences.h"
 #include "cuda/ptx/dependent_launch.cuh"
 
@@ -14,11 +15,12 @@ constexpr int kCombineWarps = 8;
 template <typename T, int kHeadDim>
 struct DecodeCombine {
   static constexpr int kPerLane = kHeadDim / 32;
+  static constexpr int kAtOnce = 8;  // groups of which a warp has the sums under way
 
   static __device__ __forceinline__ void run(const DecodeParams& params, const DecodePlan& plan,
                                              const DecodeWorkspace& workspace, int64_t index) {
     __shared__ float sums[kCombineWarps][kHeadDim];
-    __shared__ float weights[kCombineWarps];
+    __shared__ SoftmaxState states[kMaxDecodeGroups];
     const int heads_per_kv = params.heads / params.kv_heads;
     const int head = static_cast<int>(index % params.heads);
     const int query = static_cast<int>(index / params.heads % params.seqlen_q);
@@ -29,40 +31,45 @@ struct DecodeCombine {
     ptx::wait_for_previous_kernel();
 
     const int* groups = workspace.groups + 2 * (static_cast<int64_t>(row_tile) * params.batch + batch);
-    const int first = groups[0], last = groups[1];
-    if (first == last) return;
-    const auto row_of_group = [&](int group) {
-      const int64_t plane = static_cast<int64_t>(partial_slot(group, group == first)) * plan.planes +
-                            row_tile * params.kv_heads + kv_head;
+    const int first = groups[0], count = groups[1] - first + 1;
+    if (count == 1) return;
+    const auto row_of_group = [&](int i) {
+      const int64_t plane =
+          static_cast<int64_t>(partial_slot(first + i, i == 0)) * plan.planes + row_tile * params.kv_heads + kv_head;
       return plane * plan.tile_rows + row % plan.tile_rows;
     };
-    const SoftmaxState* states = reinterpret_cast<const SoftmaxState*>(workspace.states);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float maximum = -INFINITY;
-    for (int group = first + lane; group <= last; group += 32) {
-      maximum = fmaxf(maximum, states[row_of_group(group)].maximum);
-    }
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, lanes));
-    }
-    SoftmaxState whole{maximum, 0.f};
-    float sum[kPerLane] = {};
-#pragma unroll 4
-    for (int group = first + warp; group <= last; group += kCombineWarps) {
-      const int64_t from = row_of_group(group);
-      const SoftmaxState state = states[from];
-      const float weight = state.weight_in(maximum);
-      whole.sum += weight * state.sum;
+    float next[kAtOnce][kPerLane];
+    const auto load_sums = [&](int begin) {
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) sum[i] += weight * workspace.out[from * kHeadDim + i * 32 + lane];
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int group = begin + i * kCombineWarps;
+        if (group < count) {
+          load_vector(workspace.out + row_of_group(group) * kHeadDim + lane * kPerLane, next[i]);
+        }
+      }
+    };
+    load_sums(warp);
+    for (int i = threadIdx.x; i < count; i += kCombineWarps * 32) {
+      states[i] = reinterpret_cast<const SoftmaxState*>(workspace.states)[row_of_group(i)];
     }
-    if (lane == 0) weights[warp] = whole.sum;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) sums[warp][i * 32 + lane] = sum[i];
     __syncthreads();
-    whole.sum = 0.f;
+    const SoftmaxState whole = whole_state(states, count);
+    float sum[kPerLane] = {};
+    for (int begin = warp; begin < count; begin += kAtOnce * kCombineWarps) {
+      if (begin > warp) load_sums(begin);
 #pragma unroll
-    for (int i = 0; i < kCombineWarps; ++i) whole.sum += weights[i];
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int group = begin + i * kCombineWarps;
+        if (group >= count) continue;
+        const float weight = states[group].weight_in(whole.maximum);
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) sum[j] += weight * next[i][j];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) sums[warp][lane * kPerLane + j] = sum[j];
+    __syncthreads();
     const float v_scale = params.cache.v_scale == nullptr ? 1.f : __ldg(params.cache.v_scale + kv_head);
     const float factor = whole.normalise() * v_scale;
     T* out = static_cast<T*>(params.out) + batch * params.out_strides.batch + query * params.out_strides.seq +
@@ -76,6 +83,32 @@ struct DecodeCombine {
     if (threadIdx.x == 0) {
       params.softmax_lse[(static_cast<int64_t>(batch) * params.heads + head) * params.seqlen_q + query] =
           whole.log_sum_exp();
+    }
+  }
+
+  // Of all groups' states; every warp finds it by itself.
+  static __device__ __forceinline__ SoftmaxState whole_state(const SoftmaxState* states, int count) {
+    const int lane = threadIdx.x % 32;
+    SoftmaxState whole{-INFINITY, 0.f};
+    for (int i = lane; i < count; i += 32) whole.maximum = fmaxf(whole.maximum, states[i].maximum);
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      whole.maximum = fmaxf(whole.maximum, __shfl_xor_sync(0xffffffffu, whole.maximum, lanes));
+    }
+    for (int i = lane; i < count; i += 32) whole.sum += states[i].sum * states[i].weight_in(whole.maximum);
+    for (int lanes = 16; lanes > 0; lanes /= 2) whole.sum += __shfl_xor_sync(0xffffffffu, whole.sum, lanes);
+    return whole;
+  }
+
+  static __device__ __forceinline__ void load_vector(const float* source, float (&x)[kPerLane]) {
+    if constexpr (kPerLane == 2) {
+      const float2 pair = *reinterpret_cast<const float2*>(source);
+      x[0] = pair.x, x[1] = pair.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(source + i);
+        x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+      }
     }
   }
 };

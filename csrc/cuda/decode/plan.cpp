@@ -18,7 +18,8 @@ constexpr int kReservedSharedMemory = 2048;
 
 constexpr int kMaxBlocksPerMultiprocessor = 2;
 
-constexpr int kMaxSplits = 1024;
+// A thread block rotates queries and writes output in about the time in which it reads so many keys.
+constexpr int kPieceKeys = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -52,12 +53,13 @@ DecodePlan plan_tiles(int head_dim, bool float8, bool many_rows) {
 void choose_groups(const DecodeParams& params, const DecodeDevice& device, DecodePlan& plan) {
   const int64_t capacity_tiles = std::max<int64_t>(ceil_div(params.cache.capacity, plan.tile_keys), 1);
   plan.min_tiles = std::max(kMinKeys / plan.tile_keys, 1);
+  plan.piece_cost = std::max(kPieceKeys / plan.tile_keys, 1);
   const int per_multiprocessor =
       std::clamp(device.shared_memory / static_cast<int>(plan.shared_memory + kReservedSharedMemory), 1,
                  kMaxBlocksPerMultiprocessor);
   const int64_t slots = static_cast<int64_t>(device.multiprocessors) * per_multiprocessor;
   if (params.num_splits > 0) {
-    plan.splits = static_cast<int>(std::min<int64_t>({params.num_splits, kMaxSplits, capacity_tiles}));
+    plan.splits = static_cast<int>(std::min<int64_t>({params.num_splits, kMaxDecodeGroups, capacity_tiles}));
   } else if (plan.planes >= slots || capacity_tiles <= 2 * plan.min_tiles) {
     plan.splits = 1;
   }
@@ -66,7 +68,7 @@ void choose_groups(const DecodeParams& params, const DecodeDevice& device, Decod
     plan.combine = plan.splits > 1;
     return;
   }
-  const int64_t most = ceil_div(params.batch * capacity_tiles, plan.min_tiles);
+  const int64_t most = std::min<int64_t>(ceil_div(params.batch * capacity_tiles, plan.min_tiles), kMaxDecodeGroups);
   plan.groups = static_cast<int>(std::clamp<int64_t>(slots / plan.planes, 1, most));
   plan.combine = plan.groups > 1;
 }

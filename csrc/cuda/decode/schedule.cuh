@@ -22,7 +22,7 @@ class DecodeSchedule {
       first_group_ = 0;
       int total = 0;
 #pragma unroll 4
-      for (int batch = threadIdx.x % 32; batch < params.batch; batch += 32) total += tiles(batch);
+      for (int batch = threadIdx.x % 32; batch < params.batch; batch += 32) total += cost(batch) + tiles(batch);
       for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
       const int worth_it = (total + plan.min_tiles - 1) / plan.min_tiles;
       shares_ = {total, plan.groups < worth_it ? plan.groups : worth_it};
@@ -37,8 +37,9 @@ class DecodeSchedule {
   // The piece behind one with something left.
   __device__ __forceinline__ Piece next(const Piece& piece) const {
     const int tiles = this->tiles(piece.batch + 1);
-    const int end = piece.left < tiles ? piece.left : tiles;
-    return {piece.batch + 1, 0, end, tiles, piece.start + piece.tiles, piece.left - end};
+    const int share = piece.left - plan_.piece_cost;
+    const int end = share < tiles ? share : tiles;
+    return {piece.batch + 1, 0, end, tiles, piece.start + piece.tiles + plan_.piece_cost, attended(share - end)};
   }
 
   __device__ __forceinline__ SequenceLengths lengths(int batch) const {
@@ -60,12 +61,18 @@ class DecodeSchedule {
     return visible_tiles(params_, plan_, queries_, lengths(batch));
   }
 
+  // What lies in front of a sequence's tiles.
+  __device__ __forceinline__ int cost(int batch) const { return batch > 0 ? plan_.piece_cost : 0; }
+
+  // Of a share's tiles behind a sequence the first belong to nobody.
+  __device__ __forceinline__ int attended(int left) const { return left > plan_.piece_cost ? left : 0; }
+
   // Sequence `batch`, whose first tile is `start`, is the first that the group shares in.
   __device__ __forceinline__ void open_share(int group, int batch, int start, int tiles) {
-    const int from = shares_.begin(group) - start;
+    const int from = max(shares_.begin(group) - start, 0);
     const int to = shares_.begin(group + 1) - start;
-    const int end = to < tiles ? to : tiles;
-    first_ = {batch, from, end, tiles, start, to - end};
+    const int end = min(to, tiles);
+    first_ = {batch, from, max(from, end), tiles, start, attended(to - end)};
     if (group >= shares_.groups) first_.end = first_.begin;
   }
 
@@ -78,7 +85,7 @@ class DecodeSchedule {
     int before = 0;
     for (int begin = 0; begin < params_.batch; begin += 32) {
       const int own = begin + lane < params_.batch ? tiles(begin + lane) : 0;
-      int sum = own;
+      int sum = own > 0 ? cost(begin + lane) + own : 0;
       for (int distance = 1; distance < 32; distance *= 2) {
         const int other = __shfl_up_sync(0xffffffffu, sum, distance);
         if (lane >= distance) sum += other;

@@ -44,6 +44,10 @@ CHUNKATTN_HOST_DEVICE int visible_tiles(const DecodeParams& params, const Decode
 }
 
 // `tiles` in a row that `groups`, fewer than 2^15, share equally: group g takes those from begin(g) to begin(g + 1).
+//
+// Sequences lie end to end in that row. Every sequence but the first has DecodePlan::piece_cost tiles in front of its
+// own that nobody attends to: what it costs a group to turn to another sequence. So a group that has many short ones
+// gets fewer keys.
 struct EqualShares {
   int tiles;
   int groups;
@@ -52,8 +56,11 @@ struct EqualShares {
   CHUNKATTN_HOST_DEVICE int begin(int group) const {
     return group * (tiles / groups) + group * (tiles % groups) / groups;
   }
+  // Without a 64-bit division, too: float32 is at most one off.
   CHUNKATTN_HOST_DEVICE int group_of(int tile) const {
-    return static_cast<int>(((static_cast<int64_t>(tile) + 1) * groups - 1) / tiles);
+    const int near =
+        static_cast<int>(static_cast<float>(tile) / static_cast<float>(tiles) * static_cast<float>(groups));
+    return begin(near) > tile ? near - 1 : begin(near + 1) <= tile ? near + 1 : near;
   }
 };
 
@@ -64,7 +71,7 @@ struct Piece {
   int end;
   int tiles;  // of the whole sequence
   int start;  // the sequence's first tile among those that are shared
-  int left;   // tiles of the group's share that lie in the sequences behind
+  int left;   // tiles of the group's share that lie behind the sequence; 0 where none is to be attended
 
   CHUNKATTN_HOST_DEVICE bool whole() const { return begin == 0 && end == tiles; }
 };
