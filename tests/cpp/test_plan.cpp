@@ -149,6 +149,22 @@ void test_tile_bounds() {
   }
 }
 
+// The portable backward's launcher tells by shared_memory which class of devices the plan is made for.
+void test_portable_backward_classes() {
+  for (int head_dim : {64, 128, 256}) {
+    const auto shared_memory = [&](int compute_capability) {
+      return plan_backward({1, 16, 16, 1, 1, head_dim}, compute_capability, true, KernelChoice::kPortable)
+          .shared_memory;
+    };
+    for (int compute_capability : {80, 86, 87, 89, 90, 100, 120}) {
+      const bool small = compute_capability == 86 || compute_capability == 89 || compute_capability == 120;
+      const bool large = head_dim == 256 && compute_capability >= 90 && !small;
+      CHECK((shared_memory(compute_capability) > 99 * 1024) == !small, "head_dim ", head_dim);
+      CHECK((shared_memory(compute_capability) > 163 * 1024) == large, "head_dim ", head_dim);
+    }
+  }
+}
+
 // The Hopper backward takes every head_dim, where rows are aligned.
 void test_hopper_backward() {
   for (int head_dim = 1; head_dim <= 256; ++head_dim) {
@@ -171,6 +187,7 @@ int main() {
   }
   test_workspaces();
   test_tile_bounds();
+  test_portable_backward_classes();
   test_hopper_backward();
   return chunkattn::test::report();
 }

@@ -10,11 +10,12 @@ namespace chunkattn::cuda {
 
 namespace {
 
-// Whether a thread block may take 144 KB of shared memory (CUDA C++ Programming Guide, technical specifications per
+// The kilobytes of shared memory that a thread block may take (CUDA C++ Programming Guide, technical specifications per
 // compute capability).
-bool has_large_shared_memory(int compute_capability) {
+int shared_kilobytes(int compute_capability) {
+  if (compute_capability == 80 || compute_capability == 87) return 163;
   const int major = compute_capability / 10;
-  return major == 8 ? compute_capability == 80 || compute_capability == 87 : major != 12;
+  return major == 8 || major == 12 ? 99 : 227;
 }
 
 template <int kHeadDim, int kSharedKilobytes>
@@ -36,7 +37,11 @@ KernelPlan plan_hopper() {
 template <int kHeadDim>
 KernelPlan plan_for_head_dim(int compute_capability, bool hopper) {
   if (hopper) return plan_hopper<kHeadDim>();
-  return has_large_shared_memory(compute_capability) ? plan_portable<kHeadDim, 144>() : plan_portable<kHeadDim, 99>();
+  const int kilobytes = shared_kilobytes(compute_capability);
+  if constexpr (kHeadDim == 256) {
+    if (kilobytes == 227) return plan_portable<kHeadDim, 227>();
+  }
+  return kilobytes >= 163 ? plan_portable<kHeadDim, 163>() : plan_portable<kHeadDim, 99>();
 }
 
 // Hands out pieces of a block of memory, or just counts them when there is none yet.

@@ -15,6 +15,25 @@ __device__ __forceinline__ void add_pair(float* target, float first, float secon
 #endif
 }
 
+// The same, of rows of kHeadDim elements that are all there: constant offsets, no branches.
+template <int kHeadDim, int kSlabs, int kBlocks>
+__device__ __forceinline__ void add_whole_rows(float* dq, const float (&gradients)[kSlabs][kBlocks][4], int row,
+                                               int column) {
+  const int lane = threadIdx.x % 32;
+  float* target = dq + (row + lane / 4) * kHeadDim + column + lane % 4 * 2;
+#pragma unroll
+  for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        add_pair(target + (slab * 16 + half * 8) * kHeadDim + block * 8, gradients[slab][block][2 * half],
+                 gradients[slab][block][2 * half + 1]);
+      }
+    }
+  }
+}
+
 // Adds a warp's accumulators (layout: softmax.cuh) to float32 rows of head_dim elements. `dq` is the tile's first row,
 // `valid` the tile's rows; the warp's part begins at `row` and `column`.
 template <int kSlabs, int kBlocks>
