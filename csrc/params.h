@@ -75,7 +75,7 @@ struct BackwardParams {
 struct RegimeQueries {
   const void* q;  // [batch, rows, heads, head_dim], rotated by ChunkGeometry::query_row
   Strides q_strides;
-  float* dq;  // [batch, heads, rows, head_dim], contiguous; starts at zero
+  float* dq;  // [batch, heads, rows, head_dim], contiguous, or GradientPieces; starts at zero
   int rows;   // of RegimeRows
 };
 
@@ -87,6 +87,7 @@ struct BackwardWorkspace {
   int* turns;           // [batch * heads, query tiles], zeros: whose turn it is to add to dq; null when order is free
   size_t zeroed_bytes;  // of all dq, turns and the succ queries, which lie one behind the other
   bool dk_rotated;      // dk is wanted with respect to rotated keys: they arrived so
+  bool dq_in_pieces;    // by GradientPieces: the main loop says
 };
 
 // Chooses the regions that each group of queries attends to.

@@ -7,6 +7,7 @@
 // that need them transposed cut them among the warps in another way.
 #pragma once
 
+#include "cuda/backward/gradient_pieces.h"
 #include "cuda/backward/schedule.h"
 #include "cuda/backward/tile_sizes.h"
 #include "cuda/common/copy_rows.cuh"
@@ -191,11 +192,14 @@ struct BackwardSm80 {
       if (threadIdx.x == 0) wait_for_turn(turn, key_tile);
       __syncthreads();
     }
-    float* target = regime.dq + (static_cast<int64_t>(plane) * regime.rows + tile.row) * head_dim;
+    const GradientPieces pieces{regime.rows, head_dim};
+    const int row = QueryGrid::row() + threadIdx.x % 32 / 4, column = QueryGrid::column();
+    float* target = regime.dq + pieces.offset(plane, tile.row + row) +
+                    column / GradientPieces::kColumns * GradientPieces::kElements + threadIdx.x % 4 * 2;
     if (tile.count == kTileM && head_dim == kHeadDim) {
-      add_whole_rows<kHeadDim>(target, dq, QueryGrid::row(), QueryGrid::column());
+      add_pieces<true>(target, kHeadDim * GradientPieces::kRows, dq, kTileM, kHeadDim);
     } else {
-      add_rows(target, dq, QueryGrid::row(), QueryGrid::column(), tile.count, head_dim);
+      add_pieces<false>(target, pieces.pitch(), dq, tile.count - row, head_dim - column);
     }
     if (turn != nullptr) {
       __threadfence();

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/backward/gradient_pieces.h"
 #include "cuda/backward/tile_sizes.h"
 #include "kernels.h"
 
@@ -92,7 +93,9 @@ BackwardWorkspace backward_workspace(const BackwardParams& params, bool determin
   }
 
   Carver carver(memory);
-  for (RegimeQueries& regime : workspace.regimes) regime.dq = carver.take<float>(planes * regime.rows * shape.head_dim);
+  for (RegimeQueries& regime : workspace.regimes) {
+    regime.dq = carver.take<float>(planes * GradientPieces{regime.rows, shape.head_dim}.plane());
+  }
   if (deterministic) {
     const QueryTiling tiling{geometry, forward.first_position(), shape.seqlen_k, kBackwardSmallestTileM};
     workspace.turns = carver.take<int>(planes * tiling.count());
