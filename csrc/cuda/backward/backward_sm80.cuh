@@ -179,33 +179,43 @@ struct BackwardSm80 {
     store_accumulators<T>(ds_tile(), dp, row, column);
   }
 
-  __device__ __forceinline__ void add_query_gradients(const AttendingTile& tile, int plane, int key_tile,
-                                                      int query_tiles) const {
+  // dQ += dS K in global memory and dK += dS^T Q. The additions come out of registers and queue at the load/store unit,
+  // which the products need for their fragments. So half of the warps add before dK and half behind it: while the ones
+  // wait in that queue the others multiply. Of eight warps each tensor core has one of either half. Where blocks take
+  // turns all add before dK: the next block waits for them.
+  __device__ __forceinline__ void multiply_logit_gradients(KeyGradients& dk, int stage, const AttendingTile& tile,
+                                                           int plane, int key_tile, int query_tiles) const {
+    constexpr Inner kAlong = Inner::kAlongRows, kDown = Inner::kDownRows;
+    const int row = QueryGrid::row(), column = QueryGrid::column();
     QueryGradients dq = {};
-    warp_multiply<T, Inner::kAlongRows, Inner::kDownRows, kTileN>(dq, ds_tile(), QueryGrid::row(), k_tile(),
-                                                                  QueryGrid::column());
-    const RegimeQueries& regime = workspace.regimes[static_cast<int>(tile.regime)];
-    const int head_dim = params.forward.shape.head_dim;
+    warp_multiply<T, kAlong, kDown, kTileN>(dq, ds_tile(), row, k_tile(), column);
     int* turn =
         workspace.turns == nullptr ? nullptr : workspace.turns + static_cast<int64_t>(plane) * query_tiles + tile.index;
     if (turn != nullptr) {
       if (threadIdx.x == 0) wait_for_turn(turn, key_tile);
       __syncthreads();
     }
+    const RegimeQueries& regime = workspace.regimes[static_cast<int>(tile.regime)];
+    const int head_dim = params.forward.shape.head_dim;
     const GradientPieces pieces{regime.rows, head_dim};
-    const int row = QueryGrid::row() + threadIdx.x % 32 / 4, column = QueryGrid::column();
-    float* target = regime.dq + pieces.offset(plane, tile.row + row) +
+    const int first_row = row + threadIdx.x % 32 / 4;
+    float* target = regime.dq + pieces.offset(plane, tile.row + first_row) +
                     column / GradientPieces::kColumns * GradientPieces::kElements + threadIdx.x % 4 * 2;
-    if (tile.count == kTileM && head_dim == kHeadDim) {
-      add_pieces<true>(target, kHeadDim * GradientPieces::kRows, dq, kTileM, kHeadDim);
-    } else {
-      add_pieces<false>(target, pieces.pitch(), dq, tile.count - row, head_dim - column);
+    constexpr int kPitch = kHeadDim * GradientPieces::kRows;
+    const bool whole = tile.count == kTileM && head_dim == kHeadDim;
+    const bool late = whole && turn == nullptr && threadIdx.x >= kThreads / 2;
+    if (!whole) {
+      add_pieces<false>(target, pieces.pitch(), dq, tile.count - first_row, head_dim - column);
+    } else if (!late) {
+      add_pieces<true>(target, kPitch, dq, kTileM, kHeadDim);
     }
     if (turn != nullptr) {
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) pass_turn_on(turn);
     }
+    warp_multiply<T, kDown, kDown, kTileM>(dk, ds_tile(), KeyGrid::row(), q_tile(stage), KeyGrid::column());
+    if (late) add_pieces<true>(target, kPitch, dq, kTileM, kHeadDim);
   }
 
   __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int key_tile) const {
@@ -251,8 +261,7 @@ struct BackwardSm80 {
         if (more) load_out_gradients(0, next, head);
         ptx::cp_async_commit();
       }
-      add_query_gradients(tile, plane, key_tile, query_tiles);  // the additions run beside the next product
-      warp_multiply<T, kDown, kDown, kTileM>(dk, ds_tile(), row, q_tile(stage), column);
+      multiply_logit_gradients(dk, stage, tile, plane, key_tile, query_tiles);
       if (kQueryStages == 1) {
         __syncthreads();  // every warp has finished with Q
         if (more) load_queries(next_stage, next, head);
