@@ -47,15 +47,17 @@ struct ForwardSm80 {
     }
     // Fragments are loaded one product ahead, so that their latency hides behind it.
     constexpr int kPairs = kKeyBlocks / 2;
+    const uint32_t first_a = q.address(warp_row + lane % 16, lane / 16);
+    const uint32_t first_b = k.address(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     uint32_t a[2][kSlabs][4], b[2][4];
     const auto load_a = [&](int step) {
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
-        ptx::ldmatrix_x4(a[step % 2][slab], q.address(warp_row + slab * 16 + lane % 16, step * 2 + lane / 16));
+        ptx::ldmatrix_x4(a[step % 2][slab], QueryShared::along(first_a, step * 2) + slab * 16 * QueryShared::kPitch);
       }
     };
     const auto load_b = [&](int step, int pair) {
-      ptx::ldmatrix_x4(b[pair % 2], k.address(pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+      ptx::ldmatrix_x4(b[pair % 2], KeyShared::along(first_b, step * 2) + pair * 16 * KeyShared::kPitch);
     };
     static_assert(kPairs % 2 == 0, "the next step starts in the other fragment buffer");
     load_a(0);
@@ -80,9 +82,10 @@ struct ForwardSm80 {
   static __device__ __forceinline__ void multiply_values(Output& output, const Logits& p, const KeyShared& v) {
     const int lane = threadIdx.x % 32;
     constexpr int kPairs = kDimBlocks / 2;
+    const uint32_t first_b = v.address(lane % 16, lane / 16);
     uint32_t a[kSlabs][4], b[2][4];
     const auto load_b = [&](int step, int pair) {
-      ptx::ldmatrix_x4_trans(b[pair % 2], v.address(step * 16 + lane % 16, pair * 2 + lane / 16));
+      ptx::ldmatrix_x4_trans(b[pair % 2], KeyShared::along(first_b, pair * 2) + step * 16 * KeyShared::kPitch);
     };
     load_b(0, 0);
 #pragma unroll
