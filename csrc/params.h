@@ -35,12 +35,29 @@ struct AttentionShape {
   int head_dim;
 };
 
+// One sequence of a call: the rows of its batch entry that are its own. Query n has position seqlen_k - seqlen_q + n;
+// those with a negative one see nothing, which only packed sequences can have: their output is 0, their log-sum-exp
+// -inf.
+struct Sequence {
+  int64_t first_q;  // row of q, out, dout and dq
+  int64_t first_k;  // row of k, v, dk and dv
+  int seqlen_q;
+  int seqlen_k;
+
+  CHUNKATTN_HOST_DEVICE int first_position() const { return seqlen_k - seqlen_q; }
+};
+
+// A plain batch, or sequences of different lengths packed one behind the other, without padding. Packed tensors have no
+// batch dimension: their batch strides are 0, shape.seqlen_q and seqlen_k are the most any sequence has, and
+// sequence() tells where each lies. Element (batch, row, head) is found in the same way either way:
+// batch * strides.batch + (sequence(batch).first_q + row) * strides.seq + head * strides.head.
 struct ForwardParams {
-  const void* q;       // [batch, seqlen_q, heads, head_dim]
-  const void* k;       // [batch, seqlen_k, kv_heads, head_dim]
-  const void* v;       // [batch, seqlen_k, kv_heads, head_dim]
-  void* out;           // [batch, seqlen_q, heads, head_dim]
-  float* softmax_lse;  // [batch, heads, seqlen_q], contiguous, natural logarithm
+  const void* q;  // [batch, seqlen_q, heads, head_dim], packed: [total_q, heads, head_dim]
+  const void* k;  // [batch, seqlen_k, kv_heads, head_dim], packed: [total_k, kv_heads, head_dim]
+  const void* v;  // as k
+  void* out;      // as q
+  float*
+      softmax_lse;  // [batch, heads, seqlen_q], packed: [heads, total_q]; contiguous, natural logarithm; see lse_row()
   Strides q_strides;
   Strides k_strides;
   Strides v_strides;
@@ -54,16 +71,44 @@ struct ForwardParams {
   bool q_rotated;            // queries arrive rotated at row position % stride
   bool k_rotated;            // keys arrive rotated at row position % stride
   int* tile_counter;         // [1], workspace of CUDA kernels that hand out tiles as they run; else null
+  const int*
+      cu_seqlens_q;  // [batch + 1], on the device of q: sequence b has the rows from [b] to [b + 1]; null: a batch
+  const int* cu_seqlens_k;  // the same for k; null if and only if cu_seqlens_q is
+  int total_q;              // rows of packed q
+  int total_k;              // rows of packed k
 
+  CHUNKATTN_HOST_DEVICE bool packed() const { return cu_seqlens_q != nullptr; }
+
+  // Of a plain batch.
   CHUNKATTN_HOST_DEVICE int first_position() const { return shape.seqlen_k - shape.seqlen_q; }
+
+  // Stays inside the tensors whatever cu_seqlens hold: on a GPU nobody has checked them.
+  CHUNKATTN_HOST_DEVICE Sequence sequence(int batch) const {
+    if (!packed()) return {0, 0, shape.seqlen_q, shape.seqlen_k};
+    const int first_q = clamp(cu_seqlens_q[batch], 0, total_q);
+    const int first_k = clamp(cu_seqlens_k[batch], 0, total_k);
+    const int seqlen_q = clamp(cu_seqlens_q[batch + 1], first_q, total_q) - first_q;
+    const int seqlen_k = clamp(cu_seqlens_k[batch + 1], first_k, total_k) - first_k;
+    return {first_q, first_k, clamp(seqlen_q, 0, shape.seqlen_q), clamp(seqlen_k, 0, shape.seqlen_k)};
+  }
+
+  // The element of softmax_lse that belongs to a sequence's first query.
+  CHUNKATTN_HOST_DEVICE int64_t lse_row(int batch, int head) const {
+    if (!packed()) return (static_cast<int64_t>(batch) * shape.heads + head) * shape.seqlen_q;
+    return static_cast<int64_t>(head) * total_q + sequence(batch).first_q;
+  }
+
+  static CHUNKATTN_HOST_DEVICE int clamp(int value, int least, int most) {
+    return value < least ? least : value < most ? value : most;
+  }
 };
 
 struct BackwardParams {
   ForwardParams forward;  // its out and softmax_lse are inputs here
-  const void* dout;       // [batch, seqlen_q, heads, head_dim]
-  void* dq;               // [batch, seqlen_q, heads, head_dim]
-  void* dk;               // [batch, seqlen_k, kv_heads, head_dim]
-  void* dv;               // [batch, seqlen_k, kv_heads, head_dim]
+  const void* dout;       // as q
+  void* dq;               // as q
+  void* dk;               // as k
+  void* dv;               // as k
   Strides dout_strides;
   Strides dq_strides;
   Strides dk_strides;

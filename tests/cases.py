@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
+import pytest
 import torch
 from tolerance import assert_within_rule
 from torch import Tensor
@@ -16,6 +17,14 @@ DTYPES = {
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return DTYPES[device.type]
+
+
+def skip_without_kernels(device: torch.device, *operators: str) -> torch.device:
+    """Skips the test where this build lacks a kernel that it needs, and returns the device."""
+    for operator in operators:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"chunkattn::{operator}", device.type.upper()):
+            pytest.skip(f"chunkattn has no kernels of {operator} for {device.type}")
+    return device
 
 
 @dataclass(frozen=True, repr=False)

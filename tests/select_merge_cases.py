@@ -3,7 +3,6 @@
 import itertools
 from dataclasses import dataclass, fields, replace
 
-import pytest
 import torch
 from cases import check_forward
 from hypothesis import strategies as st
@@ -85,12 +84,6 @@ random_cases = st.builds(
     heads_mode=st.sampled_from(HEADS),
     seed=st.integers(0, 1000),
 )
-
-
-def skip_without_kernels(device: torch.device) -> torch.device:
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("chunkattn::select_merge", device.type.upper()):
-        pytest.skip(f"chunkattn has no kernels of select_merge for {device.type}")
-    return device
 
 
 def check_selection(q: Tensor, k: Tensor, options: dict) -> Tensor:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import dtypes
+from cases import dtypes, skip_without_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from select_merge_cases import (
@@ -17,7 +17,6 @@ from select_merge_cases import (
     assert_selection_is_near,
     check_selection,
     random_cases,
-    skip_without_kernels,
 )
 from test_dca_forward import inside_larger, sequence_first, transposed, with_row_gaps
 
@@ -26,7 +25,7 @@ import chunkattn
 
 @pytest.fixture
 def device(device):
-    return skip_without_kernels(device)
+    return skip_without_kernels(device, "select")
 
 
 def check_all_dtypes(case, device):

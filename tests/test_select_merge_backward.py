@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import check_backward, dtypes, gradients
+from cases import check_backward, dtypes, gradients, skip_without_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from select_merge_cases import CASE, HEADS, LONG, MODES, SelectMergeCase, random_cases, skip_without_kernels
+from select_merge_cases import CASE, HEADS, LONG, MODES, SelectMergeCase, random_cases
 from test_dca_backward import random_dout
 from test_dca_forward import inside_larger, transposed, with_row_gaps
 from test_select_merge_forward import random_indices
@@ -15,7 +15,7 @@ import chunkattn
 
 @pytest.fixture
 def device(device):
-    return skip_without_kernels(device)
+    return skip_without_kernels(device, "select", "select_merge", "select_merge_backward")
 
 
 def with_indices(qkv, case):

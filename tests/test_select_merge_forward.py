@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import check_forward, dtypes
+from cases import check_forward, dtypes, skip_without_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from select_merge_cases import (
@@ -17,7 +17,6 @@ from select_merge_cases import (
     SelectMergeCase,
     check_select_merge,
     random_cases,
-    skip_without_kernels,
 )
 from test_dca_forward import inside_larger, sequence_first, transposed, with_row_gaps
 from tolerance import assert_within_rule
@@ -27,7 +26,7 @@ import chunkattn
 
 @pytest.fixture
 def device(device):
-    return skip_without_kernels(device)
+    return skip_without_kernels(device, "select", "select_merge")
 
 
 def check_all_dtypes(case, device, **others):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cases import Case, dtypes, gradients
-from select_merge_cases import SelectMergeCase, skip_without_kernels
+from caches import FLOAT8, LAYOUTS, Layout, decode_options, fill, lengths
+from cases import Case, dtypes, gradients, skip_without_kernels
+from select_merge_cases import SelectMergeCase
 from tolerance import assert_within_rule
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,12 +229,105 @@ def test_cuda_tensors_of_a_device_that_is_not_current(cuda):
         assert torch.equal(result, chunkattn.dca(q, k, v, **options))
 
 
+# 24 - 7 = 17 tokens to a chunk; the cache has room for 70.
+DECODE = CASE.but(seqlen_q=1, seqlen_k=70, temperature=(1.0, 1.5))
+
+
+def decode_call(device, dtype, layout=Layout(16), case=DECODE, float8=False):  # noqa: B008
+    """Arguments of dca_with_kvcache, one new token each, on a filled cache."""
+    skip_without_kernels(device, "dca_with_kvcache")
+    options = decode_options(case, device)
+    q, k, v = case.inputs(device, dtype)
+    cache = layout.make(case, 70, device, FLOAT8 if float8 else dtype)
+    seqlens = lengths(device, 33, 16)
+    scales = {name: torch.tensor([0.02, 0.01], device=device) if float8 else None for name in ("k_scale", "v_scale")}
+    fill(cache, case, k, v, seqlens, {**options, **scales})
+    return {"q": q, **cache, **options, **scales, "k": k[:, -1:], "v": v[:, -1:], "cache_seqlens": seqlens}
+
+
+DECODE_ORDER = (
+    "q", "k_cache", "v_cache", "cos", "sin", "cache_seqlens", "chunk_size", "local_size", "block_table", "k", "v",
+    "k_scale", "v_scale", "num_splits", "scale", "temperature", "interleaved", "q_rotated",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(16)], ids=str)
+@pytest.mark.parametrize("float8", [False, True])
+def test_opcheck_decode(device, layout, float8):
+    values = {"num_splits": 0, **decode_call(device, torch.bfloat16, layout, float8=float8)}
+    arguments = tuple(values[name] for name in DECODE_ORDER)
+    # The schema check compares inputs before and after: NaN would not equal itself.
+    for name in ("k_cache", "v_cache"):
+        values[name].copy_(values[name].float().nan_to_num().to(values[name].dtype))
+    # It also adds and multiplies, which torch does not do in float8.
+    checks = {"test_utils": ("test_faketensor", "test_aot_dispatch_dynamic")} if float8 else {}
+    opcheck(torch.ops.chunkattn.dca_with_kvcache.default, arguments, **checks)
+    opcheck(torch.ops.chunkattn.dca_with_kvcache.out, (*arguments, torch.zeros_like(values["q"])), **checks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("given_out", [True, False])
+def test_compile_decode(device, layout, dynamic, given_out):
+    """The cache that a compiled call was given is the one it writes to, step after step."""
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, dynamic=dynamic)
+    def step(q, out, **arguments):
+        out, lse = chunkattn.dca_with_kvcache(q * 2, **arguments, out=out, return_lse=True)
+        return out + 1, lse, arguments["cache_seqlens"] + 1
+
+    dtype = dtypes(device)[0]
+    ours, theirs = (decode_call(device, dtype, layout) for _ in range(2))
+    out = torch.empty_like(ours["q"]) if given_out else None
+    for _ in range(3):
+        result, lse, ours["cache_seqlens"] = step(out=out, **ours)
+        q = theirs["q"] * 2
+        expected, expected_lse = chunkattn.dca_with_kvcache(**{**theirs, "q": q}, return_lse=True)
+        theirs["cache_seqlens"] = theirs["cache_seqlens"] + 1
+        torch.testing.assert_close(result, expected + 1, rtol=0, atol=0)
+        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=0)
+        for name in ("k_cache", "v_cache"):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_decode_in_inference_mode(device):
+    values, again = (decode_call(device, dtypes(device)[0]) for _ in range(2))
+    expected = chunkattn.dca_with_kvcache(**values)
+    with torch.inference_mode():
+        assert torch.equal(chunkattn.dca_with_kvcache(**again), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:4], ids=str)
+@pytest.mark.parametrize("float8", [False, True])
+def test_cuda_graph_of_decoding_replays_over_growing_lengths(cuda, layout, float8):
+    # From an empty cache across four chunk boundaries, in steps captured once; lengths live on the device.
+    values, eager = (decode_call(cuda, torch.bfloat16, layout, float8=float8) for _ in range(2))
+    _, k, v = DECODE.inputs(cuda, torch.bfloat16)
+    for x in (values, eager):
+        x["cache_seqlens"].zero_()
+    chunkattn.dca_with_kvcache(**values)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chunkattn.dca_with_kvcache(**values)
+        values["cache_seqlens"] += 1
+    values["cache_seqlens"].zero_()
+    for step in range(70):
+        q = DECODE.inputs(cuda, torch.bfloat16, seed=step)[0]
+        for x in (values, eager):
+            for name, fresh in (("q", q), ("k", k[:, step : step + 1]), ("v", v[:, step : step + 1])):
+                x[name].copy_(fresh)
+        graph.replay()
+        assert torch.equal(captured, chunkattn.dca_with_kvcache(**eager)), f"step {step}"
+        eager["cache_seqlens"] += 1
+
+
 SELECT_MERGE_CASE = SelectMergeCase(70, 2, 4, 2, 16, 4, 3, 4)
 
 
 def select_merge_call(device, dtype, case=SELECT_MERGE_CASE):
     """q, k, v that require gradients, and the sizes and words."""
-    skip_without_kernels(device)
+    skip_without_kernels(device, "select", "select_merge", "select_merge_backward")
     return tuple(x.requires_grad_() for x in case.inputs(dtype, 3, device)), case.options()
 
 

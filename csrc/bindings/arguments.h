@@ -12,10 +12,18 @@ namespace chunkattn::bindings {
 
 using torch::stable::Tensor;
 
+// Where sequences of different lengths lie in packed tensors.
+struct PackedSequences {
+  Tensor cu_seqlens_q;  // int32 [batch + 1]
+  Tensor cu_seqlens_k;  // int32 [batch + 1]
+  int64_t max_seqlen_q;
+  int64_t max_seqlen_k;
+};
+
 struct DcaArguments {
-  Tensor q;    // [batch, seqlen_q, heads, head_dim]
-  Tensor k;    // [batch, seqlen_k, kv_heads, head_dim]
-  Tensor v;    // [batch, seqlen_k, kv_heads, head_dim]
+  Tensor q;    // [batch, seqlen_q, heads, head_dim], packed: [total_q, heads, head_dim]
+  Tensor k;    // [batch, seqlen_k, kv_heads, head_dim], packed: [total_k, kv_heads, head_dim]
+  Tensor v;    // as k
   Tensor cos;  // float32 [>= chunk_size + 1, rotary_dim / 2]
   Tensor sin;  // the same shape and strides
   int64_t chunk_size;
@@ -25,6 +33,28 @@ struct DcaArguments {
   bool interleaved;
   bool q_rotated;
   bool k_rotated;
+  std::optional<PackedSequences> packed = std::nullopt;
+};
+
+struct DecodeArguments {
+  Tensor q;              // [batch, seqlen_q, heads, head_dim]
+  Tensor k_cache;        // [batch, capacity, kv_heads, head_dim], or pages [num_pages, page_size, kv_heads, head_dim]
+  Tensor v_cache;        // the same shape
+  Tensor cos;            // float32 [>= chunk_size + 1, rotary_dim / 2]
+  Tensor sin;            // the same shape and strides
+  Tensor cache_seqlens;  // int32 [batch]
+  int64_t chunk_size;
+  int64_t local_size;
+  std::optional<Tensor> block_table;  // int32 [batch, pages of a sequence]
+  std::optional<Tensor> k;            // [batch, seqlen_new, kv_heads, head_dim], raw
+  std::optional<Tensor> v;            // the same shape
+  std::optional<Tensor> k_scale;      // float32 [kv_heads], of a float8 cache; absent: 1
+  std::optional<Tensor> v_scale;      // the same
+  int64_t num_splits;                 // 0: the kernel chooses
+  std::optional<double> scale;        // absent: 1 / sqrt(head_dim)
+  std::optional<Tensor> temperature;  // float32 [batch], absent: 1
+  bool interleaved;
+  bool q_rotated;
 };
 
 struct SelectArguments {
@@ -48,10 +78,16 @@ struct SelectMergeArguments {
   std::optional<double> scale;  // absent: 1 / sqrt(head_dim)
 };
 
+inline int64_t heads_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 2); }
+inline int64_t head_dim_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
+
+// Of [batch, seq, heads, head_dim] or [seq, heads, head_dim].
 Strides strides_of(const Tensor& tensor);
 
-// The arguments must have passed their checks. softmax_lse is contiguous [batch, heads, seqlen_q].
+// The arguments must have passed their checks. softmax_lse is as new_softmax_lse() makes it.
 ForwardParams forward_params(const DcaArguments& arguments, const Tensor& out, const Tensor& softmax_lse);
+
+DecodeParams decode_params(const DecodeArguments& arguments, const Tensor& out, const Tensor& softmax_lse);
 
 // `indices` is contiguous [batch, kv_heads or heads, groups, top_k].
 SelectParams select_params(const SelectArguments& arguments, const Tensor& indices);

@@ -21,6 +21,16 @@ BackwardParams backward_params(const DcaArguments& arguments, const Tensor& dout
   return params;
 }
 
+std::tuple<Tensor, Tensor, Tensor> backward_on_cpu(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
+                                                   const Tensor& softmax_lse) {
+  check_dca_backward(arguments, dout, out, softmax_lse);
+  const Gradients gradients = new_gradients(arguments.q, arguments.k, arguments.v);
+  const BackwardParams params = backward_params(arguments, dout, out, softmax_lse, gradients);
+  check_packed_contents(params.forward);
+  if (!gradients.empty) cpu::dca_backward(params, parallel_for);
+  return gradients.as_tuple();
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> dca_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
@@ -30,12 +40,18 @@ std::tuple<Tensor, Tensor, Tensor> dca_backward_cpu(Tensor dout, Tensor q, Tenso
                                                     bool k_rotated, bool /*deterministic*/) {
   const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
                                local_size, scale, temperature, interleaved, q_rotated, k_rotated};
-  check_dca_backward(arguments, dout, out, softmax_lse);
-  const Gradients gradients = new_gradients(q, k, v);
-  if (!gradients.empty) {
-    cpu::dca_backward(backward_params(arguments, dout, out, softmax_lse, gradients), parallel_for);
-  }
-  return gradients.as_tuple();
+  return backward_on_cpu(arguments, dout, out, softmax_lse);
+}
+
+std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward_cpu(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin,
+    Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t chunk_size,
+    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature, bool interleaved,
+    bool q_rotated, bool k_rotated, bool /*deterministic*/) {
+  const PackedSequences packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  const DcaArguments arguments{q,     k,           v,           cos,       sin,       chunk_size, local_size,
+                               scale, temperature, interleaved, q_rotated, k_rotated, packed};
+  return backward_on_cpu(arguments, dout, out, softmax_lse);
 }
 
 #ifdef CHUNKATTN_WITH_CUDA

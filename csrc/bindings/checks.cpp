@@ -8,6 +8,7 @@
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace chunkattn::bindings {
 
@@ -50,6 +51,8 @@ std::string dtype_of(const Tensor& tensor) {
       return "bfloat16";
     case ScalarType::Half:
       return "float16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return torch::headeronly::toString(tensor.scalar_type());
   }
@@ -101,7 +104,7 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 void check_q_dtype_and_head_dim(const Tensor& q) {
   const ScalarType type = q.scalar_type();
   const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
-  const int64_t head_dim = q.size(3);
+  const int64_t head_dim = head_dim_of(q);
   check(head_dim > 0, "q must have a head dimension of at least 1, got shape ", shape_of(q));
   if (q.is_cuda()) {
     check(half, "q must be bfloat16 or float16 on CUDA, got ", dtype_of(q));
@@ -113,41 +116,51 @@ void check_q_dtype_and_head_dim(const Tensor& q) {
   }
 }
 
+void check_heads(const Tensor& q, const char* keys, int64_t kv_heads) {
+  const int64_t heads = heads_of(q);
+  check(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0,
+        "q must have a number of heads that is a multiple of the heads of ", keys, ", got ", heads, " and ", kv_heads);
+}
+
 void check_sizes(const char* name, const Tensor& tensor) {
   for (int64_t i = 0; i < tensor.dim(); ++i) {
     check(tensor.size(i) <= kMaxSize, name, " must have sizes below 2**31, got shape ", shape_of(tensor));
   }
 }
 
-void check_queries_and_keys(const Tensor& q, const Tensor& k) {
-  check_rank("q", q, 4, "[batch, seqlen_q, heads, head_dim]");
-  check_rank("k", k, 4, "[batch, seqlen_k, kv_heads, head_dim]");
+// [batch, ...], as many as q has
+void check_batch(const char* name, const Tensor& tensor, const Tensor& q) {
+  check(tensor.size(0) == q.size(0), name, " must have the batch size of q, ", q.size(0), ", got ", tensor.size(0));
+}
+
+// Of a plain batch, or of packed sequences.
+void check_queries_and_keys(const Tensor& q, const Tensor& k, bool packed) {
+  const int64_t rank = packed ? 3 : 4;
+  check_rank("q", q, rank, packed ? "[total_q, heads, head_dim]" : "[batch, seqlen_q, heads, head_dim]");
+  check_rank("k", k, rank, packed ? "[total_k, kv_heads, head_dim]" : "[batch, seqlen_k, kv_heads, head_dim]");
   check_device("k", k, q);
   check_q_dtype_and_head_dim(q);
   check_dtype_of_q("k", k, q);
-  check(k.size(0) == q.size(0), "k must have the batch size of q, ", q.size(0), ", got ", k.size(0));
-  check(k.size(3) == q.size(3), "k must have the head dimension of q, ", q.size(3), ", got ", k.size(3));
-  const int64_t heads = q.size(2);
-  const int64_t kv_heads = k.size(2);
-  check(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0,
-        "q must have a number of heads that is a multiple of the heads of k, got ", heads, " and ", kv_heads);
-  check(q.size(1) <= k.size(1), "q must not be longer than k, got seqlen_q ", q.size(1), " and seqlen_k ", k.size(1));
+  if (!packed) check_batch("k", k, q);
+  check(head_dim_of(k) == head_dim_of(q), "k must have the head dimension of q, ", head_dim_of(q), ", got ",
+        head_dim_of(k));
+  check_heads(q, "k", heads_of(k));
+  if (!packed) {
+    check(q.size(1) <= k.size(1), "q must not be longer than k, got seqlen_q ", q.size(1), " and seqlen_k ", k.size(1));
+  }
   check_sizes("q", q);
   check_sizes("k", k);
   check_last_dim("q", q);
   check_last_dim("k", k);
 }
 
-void check_values(const Tensor& q, const Tensor& k, const Tensor& v) {
-  check_rank("v", v, 4, "[batch, seqlen_k, kv_heads, head_dim]");
+// `dimensions`: of v, as many as k has.
+void check_values(const Tensor& q, const Tensor& k, const Tensor& v, const char* dimensions) {
+  check_rank("v", v, k.dim(), dimensions);
   check_device("v", v, q);
   check_dtype_of_q("v", v, q);
   check(same_shape(v, k), "v must have the shape of k, ", shape_of(k), ", got ", shape_of(v));
   check_last_dim("v", v);
-}
-
-void check_scale(const std::optional<double>& scale) {
-  if (scale) check(std::isfinite(*scale) && *scale > 0, "scale must be positive and finite, got ", *scale);
 }
 
 void check_chunks(int64_t chunk_size, int64_t local_size) {
@@ -156,43 +169,157 @@ void check_chunks(int64_t chunk_size, int64_t local_size) {
         " with chunk_size ", chunk_size);
 }
 
-void check_table(const char* name, const Tensor& table, const DcaArguments& arguments) {
+void check_table(const char* name, const Tensor& table, const Tensor& q, int64_t chunk_size) {
   check_rank(name, table, 2, "[chunk_size + 1, rotary_dim / 2]");
-  check_device(name, table, arguments.q);
+  check_device(name, table, q);
   check_float32(name, table);
-  check(table.size(0) >= arguments.chunk_size + 1, name,
-        " must have at least chunk_size + 1 = ", arguments.chunk_size + 1, " rows, got ", table.size(0));
-  const int64_t head_dim = arguments.q.size(3);
+  check(table.size(0) >= chunk_size + 1, name, " must have at least chunk_size + 1 = ", chunk_size + 1, " rows, got ",
+        table.size(0));
+  const int64_t head_dim = head_dim_of(q);
   check(table.size(1) >= 1 && table.size(1) <= head_dim / 2, name,
         " must have rotary_dim / 2 columns with rotary_dim in 2 .. head_dim = ", head_dim, ", got ", table.size(1),
         " columns");
   check_last_dim(name, table);
 }
 
-void check_rotary(const DcaArguments& arguments) {
-  const Tensor& cos = arguments.cos;
-  const Tensor& sin = arguments.sin;
-  check_table("cos", cos, arguments);
-  check_table("sin", sin, arguments);
+void check_rotary(const Tensor& cos, const Tensor& sin, const Tensor& q, int64_t chunk_size) {
+  check_table("cos", cos, q, chunk_size);
+  check_table("sin", sin, q, chunk_size);
   check(same_shape(cos, sin), "sin must have the shape of cos, ", shape_of(cos), ", got ", shape_of(sin));
   check(cos.stride(0) == sin.stride(0), "sin must have the row stride of cos, ", cos.stride(0), ", got ", sin.stride(0),
         "; call .contiguous() on both");
 }
 
-void check_temperature(const Tensor& temperature, const Tensor& q) {
+void check_scale(std::optional<double> scale) {
+  if (!scale) return;
+  check(std::isfinite(*scale) && *scale > 0, "scale must be positive and finite, got ", *scale);
+}
+
+void check_temperature(const Tensor& temperature, const Tensor& q, int64_t batch) {
   check_rank("temperature", temperature, 1, "[batch]");
   check_device("temperature", temperature, q);
   check_float32("temperature", temperature);
-  check(temperature.size(0) == q.size(0), "temperature must have one element per batch row, ", q.size(0), ", got ",
+  check(temperature.size(0) == batch, "temperature must have one element per batch row, ", batch, ", got ",
         temperature.size(0));
   check_last_dim("temperature", temperature);
 }
 
+void check_int32(const char* name, const Tensor& tensor, const Tensor& q) {
+  check_device(name, tensor, q);
+  check(tensor.scalar_type() == ScalarType::Int, name, " must be int32, got ", dtype_of(tensor));
+}
+
+void check_packed(const PackedSequences& packed, const Tensor& q) {
+  const std::pair<const char*, const Tensor&> offsets[] = {{"cu_seqlens_q", packed.cu_seqlens_q},
+                                                           {"cu_seqlens_k", packed.cu_seqlens_k}};
+  for (const auto& [name, tensor] : offsets) {
+    check_rank(name, tensor, 1, "[batch + 1]");
+    check_int32(name, tensor, q);
+    check(tensor.size(0) > 0, name, " must have batch + 1 elements, got none");
+    check_last_dim(name, tensor);
+  }
+  check(packed.cu_seqlens_k.size(0) == packed.cu_seqlens_q.size(0),
+        "cu_seqlens_k must have the length of cu_seqlens_q, ", packed.cu_seqlens_q.size(0), ", got ",
+        packed.cu_seqlens_k.size(0));
+  const std::pair<const char*, int64_t> lengths[] = {{"max_seqlen_q", packed.max_seqlen_q},
+                                                     {"max_seqlen_k", packed.max_seqlen_k}};
+  for (const auto& [name, length] : lengths) {
+    check(length >= 0 && length <= kMaxSize, name, " must lie in 0 .. 2**31 - 1, got ", length);
+  }
+}
+
+void check_offsets(const char* name, const int* offsets, int batch, int total, const char* tensor,
+                   const char* most_name, int most) {
+  check(offsets[0] == 0, name, "[0] must be 0, got ", offsets[0]);
+  for (int i = 0; i < batch; ++i) {
+    const int64_t length = int64_t{offsets[i + 1]} - offsets[i];
+    check(length >= 0, name, " must not fall, got ", offsets[i], " and then ", offsets[i + 1]);
+    check(length <= most, most_name, " must be the length of the longest sequence or more, got ", most,
+          " and a length of ", length);
+  }
+  check(offsets[batch] == total, name, " must end with the rows of ", tensor, ", ", total, ", got ", offsets[batch]);
+}
+
+void check_cache(const DecodeArguments& arguments) {
+  const Tensor& q = arguments.q;
+  const Tensor& k_cache = arguments.k_cache;
+  const char* const dimensions =
+      arguments.block_table ? "[num_pages, page_size, kv_heads, head_dim]" : "[batch, capacity, kv_heads, head_dim]";
+  check_rank("k_cache", k_cache, 4, dimensions);
+  check_rank("v_cache", arguments.v_cache, 4, dimensions);
+  check_device("k_cache", k_cache, q);
+  check_device("v_cache", arguments.v_cache, q);
+  const bool float8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
+  check(float8 || k_cache.scalar_type() == q.scalar_type(), "k_cache must have the dtype of q, ", dtype_of(q),
+        ", or be float8_e4m3fn, got ", dtype_of(k_cache));
+  check(!float8 || q.scalar_type() != ScalarType::Double,
+        "q must be float32, bfloat16 or float16 with a float8_e4m3fn cache, got float64");
+  check(arguments.v_cache.scalar_type() == k_cache.scalar_type(), "v_cache must have the dtype of k_cache, ",
+        dtype_of(k_cache), ", got ", dtype_of(arguments.v_cache));
+  check(k_cache.size(3) == q.size(3), "k_cache must have the head dimension of q, ", q.size(3), ", got ",
+        k_cache.size(3));
+  check(same_shape(arguments.v_cache, k_cache), "v_cache must have the shape of k_cache, ", shape_of(k_cache), ", got ",
+        shape_of(arguments.v_cache));
+  check_heads(q, "k_cache", k_cache.size(2));
+  check_sizes("k_cache", k_cache);
+  check_last_dim("k_cache", k_cache);
+  check_last_dim("v_cache", arguments.v_cache);
+  const std::pair<const char*, const std::optional<Tensor>&> scales[] = {{"k_scale", arguments.k_scale},
+                                                                         {"v_scale", arguments.v_scale}};
+  for (const auto& [name, factors] : scales) {
+    if (!factors) continue;
+    check(float8, name, " must be None unless the cache is float8_e4m3fn, got a tensor with a ", dtype_of(k_cache),
+          " cache");
+    check_rank(name, *factors, 1, "[kv_heads]");
+    check_device(name, *factors, q);
+    check_float32(name, *factors);
+    check(factors->size(0) == k_cache.size(2), name, " must have one element per KV head, ", k_cache.size(2), ", got ",
+          factors->size(0));
+    check_last_dim(name, *factors);
+  }
+}
+
+void check_pages(const DecodeArguments& arguments) {
+  const Tensor& q = arguments.q;
+  check_rank("cache_seqlens", arguments.cache_seqlens, 1, "[batch]");
+  check_int32("cache_seqlens", arguments.cache_seqlens, q);
+  check_batch("cache_seqlens", arguments.cache_seqlens, q);
+  check_last_dim("cache_seqlens", arguments.cache_seqlens);
+  if (!arguments.block_table) return check_batch("k_cache", arguments.k_cache, q);
+  const Tensor& block_table = *arguments.block_table;
+  check_rank("block_table", block_table, 2, "[batch, pages of a sequence]");
+  check_int32("block_table", block_table, q);
+  check_batch("block_table", block_table, q);
+  check_last_dim("block_table", block_table);
+  check(arguments.k_cache.size(1) > 0, "k_cache must have pages of at least 1 token, got shape ",
+        shape_of(arguments.k_cache));
+}
+
+void check_new_keys(const DecodeArguments& arguments) {
+  check(arguments.k.has_value() == arguments.v.has_value(), "k and v must be given together, got ",
+        arguments.k ? "k" : "v", " alone");
+  if (!arguments.k) return;
+  const Tensor& q = arguments.q;
+  const Tensor& k = *arguments.k;
+  check_rank("k", k, 4, "[batch, seqlen_new, kv_heads, head_dim]");
+  check_device("k", k, q);
+  check_dtype_of_q("k", k, q);
+  check_batch("k", k, q);
+  check(k.size(2) == arguments.k_cache.size(2), "k must have the heads of k_cache, ", arguments.k_cache.size(2),
+        ", got ", k.size(2));
+  check(k.size(3) == q.size(3), "k must have the head dimension of q, ", q.size(3), ", got ", k.size(3));
+  check_sizes("k", k);
+  check_last_dim("k", k);
+  check_values(q, k, *arguments.v, "[batch, seqlen_new, kv_heads, head_dim]");
+}
+
 // What the backward takes on top of the arguments of the forward.
 void check_saved(const Tensor& q, const Tensor& dout, const Tensor& out, const Tensor& softmax_lse) {
-  check_rank("dout", dout, 4, "[batch, seqlen_q, heads, head_dim]");
-  check_rank("out", out, 4, "[batch, seqlen_q, heads, head_dim]");
-  check_rank("softmax_lse", softmax_lse, 3, "[batch, heads, seqlen_q]");
+  const bool packed = q.dim() == 3;
+  const char* const dimensions = packed ? "[total_q, heads, head_dim]" : "[batch, seqlen_q, heads, head_dim]";
+  check_rank("dout", dout, q.dim(), dimensions);
+  check_rank("out", out, q.dim(), dimensions);
+  check_rank("softmax_lse", softmax_lse, q.dim() - 1, packed ? "[heads, total_q]" : "[batch, heads, seqlen_q]");
   check_device("dout", dout, q);
   check_device("out", out, q);
   check_device("softmax_lse", softmax_lse, q);
@@ -201,8 +328,14 @@ void check_saved(const Tensor& q, const Tensor& dout, const Tensor& out, const T
   check_float32("softmax_lse", softmax_lse);
   check(same_shape(dout, q), "dout must have the shape of q, ", shape_of(q), ", got ", shape_of(dout));
   check(same_shape(out, q), "out must have the shape of q, ", shape_of(q), ", got ", shape_of(out));
-  check(softmax_lse.size(0) == q.size(0) && softmax_lse.size(1) == q.size(2) && softmax_lse.size(2) == q.size(1),
-        "softmax_lse must have shape [", q.size(0), ", ", q.size(2), ", ", q.size(1), "], got ", shape_of(softmax_lse));
+  if (packed) {
+    check(softmax_lse.size(0) == q.size(1) && softmax_lse.size(1) == q.size(0), "softmax_lse must have shape [",
+          q.size(1), ", ", q.size(0), "], got ", shape_of(softmax_lse));
+  } else {
+    check(softmax_lse.size(0) == q.size(0) && softmax_lse.size(1) == q.size(2) && softmax_lse.size(2) == q.size(1),
+          "softmax_lse must have shape [", q.size(0), ", ", q.size(2), ", ", q.size(1), "], got ",
+          shape_of(softmax_lse));
+  }
   check_last_dim("dout", dout);
   check_last_dim("out", out);
   check(softmax_lse.is_contiguous(), "softmax_lse must be contiguous; call .contiguous()");
@@ -227,8 +360,7 @@ void check_word(const char* name, const std::string& word, const char* first, co
 
 void check_indices(const Tensor& indices, const Tensor& q, const Tensor& k, const RegionGeometry& geometry) {
   check_rank("indices", indices, 4, "[batch, kv_heads or heads, groups, regions]");
-  check_device("indices", indices, q);
-  check(indices.scalar_type() == ScalarType::Int, "indices must be int32, got ", dtype_of(indices));
+  check_int32("indices", indices, q);
   const int64_t heads = q.size(2);
   const int64_t kv_heads = k.size(2);
   const int64_t groups = geometry.groups(static_cast<int>(q.size(1)));
@@ -263,12 +395,25 @@ void check_region_ids(const Tensor& indices, const RegionGeometry& geometry) {
 }  // namespace
 
 void check_dca(const DcaArguments& arguments) {
-  check_queries_and_keys(arguments.q, arguments.k);
-  check_values(arguments.q, arguments.k, arguments.v);
+  const bool packed = arguments.packed.has_value();
+  check_queries_and_keys(arguments.q, arguments.k, packed);
+  check_values(arguments.q, arguments.k, arguments.v,
+               packed ? "[total_k, kv_heads, head_dim]" : "[batch, seqlen_k, kv_heads, head_dim]");
+  if (arguments.packed) check_packed(*arguments.packed, arguments.q);
   check_chunks(arguments.chunk_size, arguments.local_size);
-  check_rotary(arguments);
+  check_rotary(arguments.cos, arguments.sin, arguments.q, arguments.chunk_size);
   check_scale(arguments.scale);
-  if (arguments.temperature) check_temperature(*arguments.temperature, arguments.q);
+  if (arguments.temperature) {
+    const int64_t batch = arguments.packed ? arguments.packed->cu_seqlens_q.size(0) - 1 : arguments.q.size(0);
+    check_temperature(*arguments.temperature, arguments.q, batch);
+  }
+}
+
+void check_packed_contents(const ForwardParams& params) {
+  if (!params.packed()) return;
+  const AttentionShape& shape = params.shape;
+  check_offsets("cu_seqlens_q", params.cu_seqlens_q, shape.batch, params.total_q, "q", "max_seqlen_q", shape.seqlen_q);
+  check_offsets("cu_seqlens_k", params.cu_seqlens_k, shape.batch, params.total_k, "k", "max_seqlen_k", shape.seqlen_k);
 }
 
 void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
@@ -277,8 +422,49 @@ void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const
   check_saved(arguments.q, dout, out, softmax_lse);
 }
 
+void check_decode(const DecodeArguments& arguments, const Tensor* out) {
+  const Tensor& q = arguments.q;
+  check_rank("q", q, 4, "[batch, seqlen_q, heads, head_dim]");
+  check_q_dtype_and_head_dim(q);
+  check_sizes("q", q);
+  check_last_dim("q", q);
+  check_cache(arguments);
+  check_pages(arguments);
+  check_new_keys(arguments);
+  check_chunks(arguments.chunk_size, arguments.local_size);
+  check_rotary(arguments.cos, arguments.sin, q, arguments.chunk_size);
+  check_scale(arguments.scale);
+  if (arguments.temperature) check_temperature(*arguments.temperature, q, q.size(0));
+  check(arguments.num_splits >= 0 && arguments.num_splits <= kMaxSize, "num_splits must be 0 or more, got ",
+        arguments.num_splits);
+  if (out == nullptr) return;
+  check_rank("out", *out, 4, "[batch, seqlen_q, heads, head_dim]");
+  check_device("out", *out, q);
+  check_dtype_of_q("out", *out, q);
+  check(same_shape(*out, q), "out must have the shape of q, ", shape_of(q), ", got ", shape_of(*out));
+  check_last_dim("out", *out);
+}
+
+void check_cache_contents(const DecodeParams& params) {
+  const KeyValueCache& cache = params.cache;
+  for (int batch = 0; batch < params.batch; ++batch) {
+    const int64_t cached = cache.cache_seqlens[batch];
+    const int64_t total = cached + params.seqlen_new;
+    check(cached >= 0 && total <= cache.capacity, "cache_seqlens[", batch, "] must lie in 0 .. ",
+          cache.capacity - int64_t{params.seqlen_new}, ", the capacity ", cache.capacity, " less ", params.seqlen_new,
+          " new tokens, got ", cached);
+    if (cache.block_table == nullptr) continue;
+    const int64_t pages = (total + cache.page_size - 1) / cache.page_size;
+    for (int64_t page = 0; page < pages; ++page) {
+      const int id = cache.block_table[batch * cache.block_table_stride + page];
+      check(id >= 0 && id < cache.num_pages, "block_table[", batch, ", ", page, "] must name one of ", cache.num_pages,
+            " pages, got ", id);
+    }
+  }
+}
+
 void check_select(const SelectArguments& arguments) {
-  check_queries_and_keys(arguments.q, arguments.k);
+  check_queries_and_keys(arguments.q, arguments.k, false);
   check_same_length(arguments.q, arguments.k);
   check_regions(arguments.region_size, arguments.merge);
   check_count("top_k", arguments.top_k);
@@ -290,9 +476,9 @@ void check_select(const SelectArguments& arguments) {
 void check_select_merge(const SelectMergeArguments& arguments) {
   const Tensor& q = arguments.q;
   const Tensor& k = arguments.k;
-  check_queries_and_keys(q, k);
+  check_queries_and_keys(q, k, false);
   check_same_length(q, k);
-  check_values(q, k, arguments.v);
+  check_values(q, k, arguments.v, "[batch, seqlen_k, kv_heads, head_dim]");
   check_regions(arguments.region_size, arguments.merge);
   check_scale(arguments.scale);
   const RegionGeometry geometry = region_geometry(arguments.region_size, arguments.merge);

@@ -12,6 +12,14 @@ void check_dca(const DcaArguments& arguments);
 void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
                         const Tensor& softmax_lse);
 
+// The offsets of packed sequences that the host can read.
+void check_packed_contents(const ForwardParams& params);
+
+void check_decode(const DecodeArguments& arguments, const Tensor* out);
+
+// The lengths and the table of a cache that the host can read.
+void check_cache_contents(const DecodeParams& params);
+
 void check_select(const SelectArguments& arguments);
 
 // With CHUNKATTN_DEBUG=1 in the environment also ids that would be ignored are refused, which waits for the device.

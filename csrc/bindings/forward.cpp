@@ -12,16 +12,37 @@
 
 namespace chunkattn::bindings {
 
+namespace {
+
+std::tuple<Tensor, Tensor> forward_on_cpu(const DcaArguments& arguments) {
+  check_dca(arguments);
+  Tensor out = new_contiguous(arguments.q);
+  Tensor softmax_lse = new_softmax_lse(arguments.q);
+  const ForwardParams params = forward_params(arguments, out, softmax_lse);
+  check_packed_contents(params);
+  if (out.numel() > 0) cpu::dca_forward(params, parallel_for);
+  return {out, softmax_lse};
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor> dca_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
                                    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
                                    bool interleaved, bool q_rotated, bool k_rotated, bool /*deterministic*/) {
   const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
                                local_size, scale, temperature, interleaved, q_rotated, k_rotated};
-  check_dca(arguments);
-  Tensor out = new_contiguous(q);
-  Tensor softmax_lse = new_softmax_lse(q);
-  if (out.numel() > 0) cpu::dca_forward(forward_params(arguments, out, softmax_lse), parallel_for);
-  return {out, softmax_lse};
+  return forward_on_cpu(arguments);
+}
+
+std::tuple<Tensor, Tensor> dca_varlen_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor cu_seqlens_q,
+                                          Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                          int64_t chunk_size, int64_t local_size, std::optional<double> scale,
+                                          std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
+                                          bool k_rotated, bool /*deterministic*/) {
+  const PackedSequences packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  const DcaArguments arguments{q,     k,           v,           cos,       sin,       chunk_size, local_size,
+                               scale, temperature, interleaved, q_rotated, k_rotated, packed};
+  return forward_on_cpu(arguments);
 }
 
 #ifdef CHUNKATTN_WITH_CUDA

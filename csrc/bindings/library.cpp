@@ -14,6 +14,27 @@ STABLE_TORCH_LIBRARY(chunkattn, library) {
       "int chunk_size, int local_size, float? scale=None, Tensor? temperature=None, bool interleaved=False, "
       "bool q_rotated=False, bool k_rotated=False, bool deterministic=False) -> (Tensor dq, Tensor dk, Tensor dv)");
   library.def(
+      "dca_varlen(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, int chunk_size, int local_size, float? scale=None, "
+      "Tensor? temperature=None, bool interleaved=False, bool q_rotated=False, bool k_rotated=False, "
+      "bool deterministic=False) -> (Tensor out, Tensor softmax_lse)");
+  library.def(
+      "dca_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, "
+      "Tensor sin, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int chunk_size, "
+      "int local_size, float? scale=None, Tensor? temperature=None, bool interleaved=False, bool q_rotated=False, "
+      "bool k_rotated=False, bool deterministic=False) -> (Tensor dq, Tensor dk, Tensor dv)");
+  // The cache is written to: new keys and values are appended.
+  library.def(
+      "dca_with_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cos, Tensor sin, "
+      "Tensor cache_seqlens, int chunk_size, int local_size, Tensor? block_table=None, Tensor? k=None, Tensor? v=None, "
+      "Tensor? k_scale=None, Tensor? v_scale=None, int num_splits=0, float? scale=None, Tensor? temperature=None, "
+      "bool interleaved=False, bool q_rotated=False) -> (Tensor out, Tensor softmax_lse)");
+  library.def(
+      "dca_with_kvcache.out(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cos, Tensor sin, "
+      "Tensor cache_seqlens, int chunk_size, int local_size, Tensor? block_table, Tensor? k, Tensor? v, "
+      "Tensor? k_scale, Tensor? v_scale, int num_splits, float? scale, Tensor? temperature, bool interleaved, "
+      "bool q_rotated, Tensor(c!) out) -> Tensor softmax_lse");
+  library.def(
       "select(Tensor q, Tensor k, int region_size, int top_k, int merge, str eligibility=\"group\", "
       "str selection=\"lookahead\", str heads=\"kv\") -> Tensor");
   library.def(
@@ -31,6 +52,10 @@ STABLE_TORCH_LIBRARY(chunkattn, library) {
 STABLE_TORCH_LIBRARY_IMPL(chunkattn, CPU, library) {
   library.impl("dca", TORCH_BOX(&bindings::dca_cpu));
   library.impl("dca_backward", TORCH_BOX(&bindings::dca_backward_cpu));
+  library.impl("dca_varlen", TORCH_BOX(&bindings::dca_varlen_cpu));
+  library.impl("dca_varlen_backward", TORCH_BOX(&bindings::dca_varlen_backward_cpu));
+  library.impl("dca_with_kvcache", TORCH_BOX(&bindings::dca_with_kvcache_cpu));
+  library.impl("dca_with_kvcache.out", TORCH_BOX(&bindings::dca_with_kvcache_out_cpu));
   library.impl("select", TORCH_BOX(&bindings::select_cpu));
   library.impl("select_merge", TORCH_BOX(&bindings::select_merge_cpu));
   library.impl("select_merge_backward", TORCH_BOX(&bindings::select_merge_backward_cpu));

@@ -9,8 +9,9 @@ namespace chunkattn::bindings {
 Tensor new_contiguous(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
 
 Tensor new_softmax_lse(const Tensor& q) {
-  const std::array<int64_t, 3> shape{q.size(0), q.size(2), q.size(1)};
-  return torch::stable::new_empty(q, {shape.data(), shape.size()}, torch::headeronly::ScalarType::Float);
+  const std::array<int64_t, 3> shape{q.size(0), heads_of(q), q.size(q.dim() - 3)};
+  const size_t batched = q.dim() == 4 ? 0 : 1;
+  return torch::stable::new_empty(q, {shape.data() + batched, 3 - batched}, torch::headeronly::ScalarType::Float);
 }
 
 Gradients new_gradients(const Tensor& q, const Tensor& k, const Tensor& v) {

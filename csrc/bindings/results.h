@@ -10,7 +10,7 @@ namespace chunkattn::bindings {
 // A tensor like `like`, contiguous.
 Tensor new_contiguous(const Tensor& like);
 
-// float32 [batch, heads, seqlen_q].
+// float32 [batch, heads, seqlen_q], packed [heads, total_q], for the log-sum-exps of q.
 Tensor new_softmax_lse(const Tensor& q);
 
 struct Gradients {

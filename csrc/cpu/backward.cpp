@@ -3,6 +3,7 @@
 #include "cpu/backward_unit.h"
 #include "cpu/forward_tile.h"
 #include "cpu/group_attention.h"
+#include "cpu/sequences.h"
 #include "kernels.h"
 
 namespace chunkattn::cpu {
@@ -117,11 +118,43 @@ void run_backward(const BackwardParams& params, const RegionLists* regions, Para
   });
 }
 
+void backward_batch(const BackwardParams& params, ParallelFor parallel_for) {
+  with_element_types(params.forward.dtype, [&]<class Storage, class Operand> {
+    run_backward<Storage, Operand>(params, nullptr, parallel_for);
+  });
+}
+
+void backward_sequence(const BackwardParams& params, const PackedSequence& sequence, ParallelFor parallel_for) {
+  const ForwardParams& forward = params.forward;
+  const AttentionShape& shape = forward.shape;
+  const DataType dtype = forward.dtype;
+  const Sequence& rows = sequence.rows;
+  zero_rows(params.dq, params.dq_strides, rows.first_q, sequence.unseeing, shape.heads, shape.head_dim, dtype);
+  const int queries = sequence.seeing();
+  if (queries == 0) {
+    zero_rows(params.dk, params.dk_strides, rows.first_k, rows.seqlen_k, shape.kv_heads, shape.head_dim, dtype);
+    zero_rows(params.dv, params.dv_strides, rows.first_k, rows.seqlen_k, shape.kv_heads, shape.head_dim, dtype);
+    return;
+  }
+  const Buffer<float> lse(static_cast<int64_t>(shape.heads) * queries);
+  for (int head = 0; head < shape.heads; ++head) {
+    std::copy_n(packed_lse(forward, sequence, head), queries, lse.data() + static_cast<int64_t>(head) * queries);
+  }
+  BackwardParams one = params;
+  one.forward = batch_of_one(forward, sequence, lse.data());
+  one.dout = from_row(params.dout, params.dout_strides, rows.first_q + sequence.unseeing, dtype);
+  one.dq = from_row(params.dq, params.dq_strides, rows.first_q + sequence.unseeing, dtype);
+  one.dk = from_row(params.dk, params.dk_strides, rows.first_k, dtype);
+  one.dv = from_row(params.dv, params.dv_strides, rows.first_k, dtype);
+  backward_batch(one, parallel_for);
+}
+
 }  // namespace
 
 void dca_backward(const BackwardParams& params, ParallelFor parallel_for) {
-  with_element_types(params.forward.dtype, [&]<class Storage, class Operand> {
-    run_backward<Storage, Operand>(params, nullptr, parallel_for);
+  if (!params.forward.packed()) return backward_batch(params, parallel_for);
+  for_each_sequence(params.forward, parallel_for, [&](const PackedSequence& sequence, ParallelFor threads) {
+    backward_sequence(params, sequence, threads);
   });
 }
 

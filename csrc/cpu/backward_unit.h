@@ -90,9 +90,9 @@ class BackwardUnit {
     segments_.for_each(share_.batch, head, tile, {share_.key_begin, share_.key_end}, [&](const KeySegment& segment) {
       if (first) begin_tile();
       first = false;
-      load_queries<Storage>(forward, share_.batch, head, tile, segment.regime, queries_.data());
+      load_queries<Storage>(forward, share_.batch, {head, head + 1}, tile, segment.regime, queries_.data());
       if (share_.query_gradients) std::fill_n(segment_gradients_.data(), rows() * head_dim_, Accum(0));
-      for_each_block<kKeys>(segment, tile, [&](const LogitBlock& block, std::span<const KeyRange> ranges) {
+      for_each_block<kKeys>(segment, tile, 1, [&](const LogitBlock& block, std::span<const KeyRange> ranges) {
         differentiate(block, ranges);
       });
       if (share_.query_gradients) add_segment_gradients(segment.regime);

@@ -1,4 +1,4 @@
-// One query tile of one head, walking its key segments with one running softmax.
+// One query tile, of one head or of several that share a KV head, walking its key segments with one running softmax.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,14 @@
 
 namespace chunkattn::cpu {
 
+// What a ForwardTile computes in one run.
+struct TileWork {
+  int batch;
+  HeadRange heads;
+  QueryTile tile;
+  KeyRange keys;  // attended, among those the tile sees; begins no later than the tile's first query
+};
+
 template <class Storage, class Operand>
 class ForwardTile {
  public:
@@ -18,78 +26,79 @@ class ForwardTile {
 
   // The logits and probabilities of a block stay in a second-level cache of 2 MB. Tall blocks are best: BLAS packs K
   // and V for each. Rows a power of two apart would compete for the same lines of the first-level cache.
-  static constexpr int kQueries = 512;
+  static constexpr int kRows = 512;
   static constexpr int kKeys = 192;
   static constexpr int kStride = kKeys + kRowMultiple;
 
-  // For tiles of at most `queries` queries. regions: see TileSegments.
-  ForwardTile(const ForwardParams& params, const RegionLists* regions,
-              const KeysAndValues<Storage, Operand>& keys_and_values, int queries)
-      : params_(params),
-        keys_and_values_(keys_and_values),
-        segments_(params, regions),
-        head_dim_(params.shape.head_dim),
-        queries_(queries * head_dim_),
+  // For tiles of at most `rows` rows: queries times heads.
+  ForwardTile(int head_dim, int rows)
+      : head_dim_(head_dim),
+        queries_(rows * head_dim_),
         key_block_(kKeys * head_dim_),
         value_block_(kKeys * head_dim_),
-        logits_(queries * kStride),
-        separate_probabilities_(std::is_same_v<Operand, Accum> ? 0 : queries * kStride),
-        out_(queries * head_dim_),
-        shift_(queries),
-        sum_(queries) {}
+        logits_(rows * kStride),
+        separate_probabilities_(std::is_same_v<Operand, Accum> ? 0 : rows * kStride),
+        out_(rows * head_dim_),
+        shift_(rows),
+        sum_(rows) {}
 
-  // Leaves the tile's output and softmax state to the accessors below.
-  void run(int batch, int head, QueryTile tile) {
-    batch_ = batch;
-    head_ = head;
-    tile_ = tile;
-    scale_ = static_cast<Accum>(logit_scale(params_, batch) * kLog2E);
-    std::fill_n(shift_.data(), rows(), -std::numeric_limits<Accum>::infinity());
-    std::fill_n(sum_.data(), rows(), Accum(0));
+  // Leaves the tile's output and softmax state to the accessors below. regions: see TileSegments; heads that run
+  // together have the same. keys_and_values has keys and values, of which block() and factor() are used: see
+  // KeyOperand.
+  template <class KeysAndValues>
+  void run(const ForwardParams& params, const RegionLists* regions, const KeysAndValues& keys_and_values,
+           const TileWork& work) {
+    heads_ = work.heads.count();
+    rows_ = (work.tile.end - work.tile.begin) * heads_;
+    const int kv_head = work.heads.begin / (params.shape.heads / params.shape.kv_heads);
+    scale_ = static_cast<Accum>(logit_scale(params, work.batch) * keys_and_values.keys.factor(kv_head) * kLog2E);
+    value_factor_ = static_cast<Accum>(keys_and_values.values.factor(kv_head));
+    std::fill_n(shift_.data(), rows_, -std::numeric_limits<Accum>::infinity());
+    std::fill_n(sum_.data(), rows_, Accum(0));
     bool first = true;
-    segments_.for_each(batch, head, tile, {0, params_.shape.seqlen_k}, [&](const KeySegment& segment) {
-      load_queries<Storage>(params_, batch, head, tile, segment.regime, queries_.data());
-      for_each_block<kKeys>(segment, tile, [&](const LogitBlock& block, std::span<const KeyRange> ranges) {
-        attend(block, ranges, first);
+    TileSegments segments(params, regions);
+    segments.for_each(work.batch, work.heads.begin, work.tile, work.keys, [&](const KeySegment& segment) {
+      load_queries<Storage>(params, work.batch, work.heads, work.tile, segment.regime, queries_.data());
+      for_each_block<kKeys>(segment, work.tile, heads_, [&](const LogitBlock& block, std::span<const KeyRange> ranges) {
+        const auto& [keys, values] = keys_and_values;
+        attend(block, keys.block(work.batch, kv_head, ranges, key_block_.data()),
+               values.block(work.batch, kv_head, ranges, value_block_.data()), first);
         first = false;
       });
     });
   }
 
-  void write_out() const {
-    const Rows<Storage> to =
-        rows_of<Storage>(params_.out, params_.out_strides, batch_, tile_.begin - params_.first_position(), head_);
+  // The output of one of the heads, counted from 0, to `to`, a row for each query.
+  template <class To>
+  void write_out(int head, Rows<To> to) const {
     vectorized(CHUNKATTN_LOOPS(bytes) {
-      for (int n = 0; n < rows(); ++n) {
-        const Accum* const from = out_.data() + n * head_dim_;
+      for (int n = head; n < rows_; n += heads_) {
         const Accum sum = sum_.data()[n];
-        convert_row<Simd<Accum, bytes>>(from, to.data + n * to.stride, head_dim_, sum == 0 ? Accum(0) : 1 / sum);
+        convert_row<Simd<Accum, bytes>>(out_.data() + n * head_dim_, to.data + n / heads_ * to.stride, head_dim_,
+                                        sum == 0 ? Accum(0) : value_factor_ / sum);
       }
     });
   }
 
-  int rows() const { return tile_.end - tile_.begin; }
+  // Rows of the tile: those of a query, one for each head, lie together.
+  int rows() const { return rows_; }
 
   // The log-sum-exp of a row of the tile, in bits.
   Accum lse_log2(int row) const { return shift_.data()[row] + std::log2(sum_.data()[row]); }
 
  private:
-  void attend(const LogitBlock& block, std::span<const KeyRange> ranges, bool first) {
-    const int kv_head = head_ / (params_.shape.heads / params_.shape.kv_heads);
-    const auto& [keys, values] = keys_and_values_;
-    const Rows<const Operand> k = keys.block(batch_, kv_head, ranges, key_block_.data());
-    const Rows<const Operand> v = values.block(batch_, kv_head, ranges, value_block_.data());
+  void attend(const LogitBlock& block, Rows<const Operand> keys, Rows<const Operand> values, bool first) {
     const int offset = block.first_row * head_dim_;
     Accum* const out = out_.data() + offset;
     const SoftmaxState<Accum> state = {shift_.data() + block.first_row, sum_.data() + block.first_row};
     gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries_.data() + offset, head_dim_,
-         k.data, static_cast<int>(k.stride), false, logits_.data(), kStride);
+         keys.data, static_cast<int>(keys.stride), false, logits_.data(), kStride);
     vectorized(CHUNKATTN_LOOPS(bytes) {
       update_softmax<Simd<Accum, bytes>>(block, logits_.data(), probabilities(), kStride, scale_, state, first, out,
                                          head_dim_);
     });
-    gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, probabilities(), kStride, v.data,
-         static_cast<int>(v.stride), !first, out, head_dim_);
+    gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, probabilities(), kStride, values.data,
+         static_cast<int>(values.stride), !first, out, head_dim_);
   }
 
   Operand* probabilities() const {
@@ -100,22 +109,19 @@ class ForwardTile {
     }
   }
 
-  const ForwardParams& params_;
-  const KeysAndValues<Storage, Operand>& keys_and_values_;
-  TileSegments segments_;
   const int head_dim_;
-  const Buffer<Operand> queries_;                 // [queries, head_dim]
+  const Buffer<Operand> queries_;                 // [rows, head_dim]
   const Buffer<Operand> key_block_;               // [kKeys, head_dim]
   const Buffer<Operand> value_block_;             // [kKeys, head_dim]
-  const Buffer<Accum> logits_;                    // [queries, kStride]
-  const Buffer<Operand> separate_probabilities_;  // [queries, kStride] where they do not fit in place of the logits
-  const Buffer<Accum> out_;                       // [queries, head_dim]
-  const Buffer<Accum> shift_;                     // [queries]
-  const Buffer<Accum> sum_;                       // [queries]
-  int batch_ = 0;
-  int head_ = 0;
-  QueryTile tile_ = {};
+  const Buffer<Accum> logits_;                    // [rows, kStride]
+  const Buffer<Operand> separate_probabilities_;  // [rows, kStride] where they do not fit in place of the logits
+  const Buffer<Accum> out_;                       // [rows, head_dim]
+  const Buffer<Accum> shift_;                     // [rows]
+  const Buffer<Accum> sum_;                       // [rows]
+  int heads_ = 1;
+  int rows_ = 0;
   Accum scale_ = 0;
+  Accum value_factor_ = 1;
 };
 
 // Calls visit(tile, batch, head, query_tile) for every query tile of every head; `tile` has run.
@@ -124,17 +130,17 @@ void for_each_forward_tile(const ForwardParams& params, const RegionLists* regio
                            const KeysAndValues<Storage, Operand>& keys_and_values, ParallelFor parallel_for,
                            const Visit& visit) {
   using Tile = ForwardTile<Storage, Operand>;
-  const int64_t batch_heads = static_cast<int64_t>(params.shape.batch) * params.shape.heads;
-  const int size = choose_tile_size(params, batch_heads, parallel_for, Tile::kQueries);
+  const AttentionShape& shape = params.shape;
+  const int64_t batch_heads = static_cast<int64_t>(shape.batch) * shape.heads;
+  const int size = choose_tile_size(params, batch_heads, parallel_for, Tile::kRows);
   const QueryTiling tiling = tile_queries(params, size);
   const int tiles = tiling.count();
   for_each_task(parallel_for, batch_heads * tiles, [&] {
-    return [&, tile = Tile(params, regions, keys_and_values, std::min(size, params.shape.seqlen_q))](
-               int64_t task) mutable {
+    return [&, tile = Tile(shape.head_dim, std::min(size, shape.seqlen_q))](int64_t task) mutable {
       const QueryTile query_tile = tiling.tile(tiles - 1 - static_cast<int>(task / batch_heads));
-      const int batch = static_cast<int>(task % batch_heads / params.shape.heads);
-      const int head = static_cast<int>(task % params.shape.heads);
-      tile.run(batch, head, query_tile);
+      const int batch = static_cast<int>(task % batch_heads / shape.heads);
+      const int head = static_cast<int>(task % shape.heads);
+      tile.run(params, regions, keys_and_values, {batch, {head, head + 1}, query_tile, {0, shape.seqlen_k}});
       visit(tile, batch, head, query_tile);
     };
   });

@@ -27,16 +27,20 @@ Rows<Element> rows_of(void* tensor, const Strides& strides, int batch, int64_t s
   return {static_cast<Element*>(tensor) + offset, strides.seq};
 }
 
+// Whether products read rows `stride` apart where they lie. BLAS takes no shorter or longer stride, and rows far apart
+// are slow to read again and again, once for each query of each head that shares them.
+inline bool read_in_place(int64_t stride, int head_dim, int64_t queries) {
+  return stride == head_dim || (stride > head_dim && stride <= INT_MAX && queries <= 256);
+}
+
 // Keys or values [batch, seqlen_k, kv_heads, head_dim]: the caller's tensor, or a copy of it.
 template <class Storage, class Operand>
 class KeyOperand {
  public:
   KeyOperand(const AttentionShape& shape, const void* tensor, const Strides& strides)
       : data_(tensor), strides_(strides), head_dim_(shape.head_dim) {
-    // BLAS takes no shorter or longer stride, and rows far apart are slow to read again and again.
-    const int64_t readers = static_cast<int64_t>(shape.heads / shape.kv_heads) * shape.seqlen_q;
-    const bool few_readers = readers <= 256 && strides.seq > head_dim_ && strides.seq <= INT_MAX;
-    by_block_ = !std::is_same_v<Storage, Operand> || (strides.seq != head_dim_ && !few_readers);
+    const int64_t queries = static_cast<int64_t>(shape.heads / shape.kv_heads) * shape.seqlen_q;
+    by_block_ = !std::is_same_v<Storage, Operand> || !read_in_place(strides.seq, head_dim_, queries);
   }
 
   KeyOperand(const AttentionShape& shape, Buffer<Operand> copy, const Strides& strides)
@@ -48,6 +52,9 @@ class KeyOperand {
     if (ranges.size() > 1) return copy_block<Operand>(batch, head, ranges, scratch);
     return rows_of<Operand>(data_, strides_, batch, ranges.front().begin, head);
   }
+
+  // What the rows of a head stand for, in multiples of what they are.
+  double factor(int /*head*/) const { return 1; }
 
  private:
   template <class Element>
@@ -105,19 +112,30 @@ KeysAndValues<Storage, Operand> make_keys_and_values(const ForwardParams& params
           KeyOperand<Storage, Operand>(params.shape, params.v, params.v_strides)};
 }
 
-// The queries of a tile as a regime wants them, packed.
+// Query heads that share a KV head.
+struct HeadRange {
+  int begin;
+  int end;
+
+  int count() const { return end - begin; }
+};
+
+// The queries of a tile as a regime wants them, packed [queries, heads, head_dim].
 template <class Storage, class Operand>
-void load_queries(const ForwardParams& params, int batch, int head, QueryTile tile, Regime regime, Operand* queries) {
+void load_queries(const ForwardParams& params, int batch, HeadRange heads, QueryTile tile, Regime regime,
+                  Operand* queries) {
   const int head_dim = params.shape.head_dim;
   const int rows = tile.end - tile.begin;
-  const auto from = rows_of<Storage>(params.q, params.q_strides, batch, tile.begin - params.first_position(), head);
-  const Rows<Operand> to = {queries, head_dim};
-  if (params.q_rotated && regime == Regime::kIntra) {
-    convert_rows(from, to, rows, head_dim);
-    return;
+  for (int head = heads.begin; head < heads.end; ++head) {
+    const auto from = rows_of<Storage>(params.q, params.q_strides, batch, tile.begin - params.first_position(), head);
+    const Rows<Operand> to = {queries + (head - heads.begin) * head_dim, int64_t{head_dim} * heads.count()};
+    if (params.q_rotated && regime == Regime::kIntra) {
+      convert_rows(from, to, rows, head_dim);
+    } else {
+      rotate_rows(from, to, rows, head_dim, params.rotary, RotationSense::kForward,
+                  [&](int n) { return params.geometry.query_rotation(regime, tile.begin + n, params.q_rotated); });
+    }
   }
-  rotate_rows(from, to, rows, head_dim, params.rotary, RotationSense::kForward,
-              [&](int n) { return params.geometry.query_rotation(regime, tile.begin + n, params.q_rotated); });
 }
 
 // Calls run.operator()<Storage, Operand>() with the element types of tensors of a dtype and of their matrix products.

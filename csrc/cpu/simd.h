@@ -27,6 +27,11 @@ struct Float16 {
   uint16_t bits;
 };
 
+// e4m3fn: no infinities, magnitudes up to 448.
+struct Float8 {
+  uint8_t bits;
+};
+
 // What sums and the softmax of an element type are computed in.
 template <class Element>
 using Accumulator = std::conditional_t<std::is_same_v<Element, double>, double, float>;
@@ -42,6 +47,7 @@ struct Simd<float, kBytes> {
   typedef uint32_t Bits __attribute__((vector_size(kBytes)));
   typedef int32_t Ints __attribute__((vector_size(kBytes)));
   typedef uint16_t HalfBits __attribute__((vector_size(kBytes / 2)));
+  typedef uint8_t ByteBits __attribute__((vector_size(kBytes / 4)));
 };
 
 template <int kBytes>
@@ -62,6 +68,17 @@ CHUNKATTN_INLINE auto load(const Element* from) {
     typename S::Vector value;
     std::memcpy(&value, from, sizeof(value));
     return value;
+  } else if constexpr (std::is_same_v<Element, Float8>) {
+    typename S::ByteBits bytes;
+    std::memcpy(&bytes, from, sizeof(bytes));
+    const auto bits = __builtin_convertvector(bytes, typename S::Bits);
+    const auto magnitude = bits & 0x7fu;
+    const auto normal = (magnitude << 20) + (120u << 23);
+    const auto subnormal =
+        (typename S::Bits)(__builtin_convertvector((typename S::Ints)magnitude, typename S::Vector) * 0x1p-9f);
+    const auto finite = magnitude < 8u ? subnormal : normal;
+    const typename S::Bits zero = {};
+    return (typename S::Vector)((magnitude < 0x7fu ? finite : zero + 0x7fc00000u) | ((bits & 0x80u) << 24));
   } else {
     typename S::HalfBits half;
     std::memcpy(&half, from, sizeof(half));
@@ -80,11 +97,24 @@ CHUNKATTN_INLINE auto load(const Element* from) {
   }
 }
 
-// Rounds to nearest, ties to even.
+// Rounds to nearest, ties to even. Float8 takes its largest magnitude for larger ones.
 template <class S, class Element>
 CHUNKATTN_INLINE void store(Element* to, const typename S::Vector& value) {
   if constexpr (std::is_same_v<Element, Accumulator<Element>>) {
     std::memcpy(to, &value, sizeof(value));
+  } else if constexpr (std::is_same_v<Element, Float8>) {
+    const typename S::Bits zero = {};
+    const auto bits = (typename S::Bits)value;
+    const auto magnitude = bits & 0x7fffffffu;
+    const auto clamped = magnitude < 0x43e00000u ? magnitude : zero + 0x43e00000u;
+    const auto rebiased = clamped - (120u << 23);
+    const auto normal = (rebiased + (0x7ffffu + ((rebiased >> 20) & 1u))) >> 20;
+    // The spacing of floats from 2^14 on is that of subnormals, so the addition rounds.
+    const auto subnormal = (typename S::Bits)((typename S::Vector)clamped + 0x1p14f) - 0x46800000u;
+    const auto finite = clamped < 0x3c800000u ? subnormal : normal;
+    const auto rounded = (magnitude > 0x7f800000u ? zero + 0x7fu : finite) | ((bits >> 24) & 0x80u);
+    const auto bytes = __builtin_convertvector(rounded, typename S::ByteBits);
+    std::memcpy(to, &bytes, sizeof(bytes));
   } else {
     const auto bits = (typename S::Bits)value;
     typename S::Bits rounded;

@@ -91,25 +91,27 @@ class TileSegments {
   std::vector<KeyRange> ranges_;
 };
 
-// Some rows of a tile against some keys. Row n of the block sees the first `visible(n)` keys.
+// Some rows of a tile against some keys. A query has a row for each of the heads packed into the tile, which lie
+// together. Row n of the block sees the first `visible(n)` keys.
 struct LogitBlock {
   int first_row;  // in the tile; those before it see no key of the block
   int rows;
   int keys;
-  bool on_diagonal;  // row n sees one key more than row n - 1, and row 0 sees one
+  int heads;         // rows of each query
+  bool on_diagonal;  // a query sees one key more than the one before it, and the first sees one
 
-  CHUNKATTN_INLINE int visible(int row) const { return on_diagonal ? std::min(row + 1, keys) : keys; }
+  CHUNKATTN_INLINE int visible(int row) const { return on_diagonal ? std::min(row / heads + 1, keys) : keys; }
 };
 
 // Calls visit(block, ranges) for blocks of at most max_keys keys that all rows of the tile see, together all of
 // `ranges`.
 template <int max_keys, class Visit>
-void for_each_unmasked_block(std::span<const KeyRange> ranges, int rows, const Visit& visit) {
+void for_each_unmasked_block(std::span<const KeyRange> ranges, int rows, int heads, const Visit& visit) {
   std::array<KeyRange, max_keys> taken;
   int count = 0;
   int keys = 0;
   const auto finish_block = [&] {
-    if (keys > 0) visit(LogitBlock{0, rows, keys, false}, std::span<const KeyRange>(taken.data(), count));
+    if (keys > 0) visit(LogitBlock{0, rows, keys, heads, false}, std::span<const KeyRange>(taken.data(), count));
     count = keys = 0;
   };
   for (KeyRange range : ranges) {
@@ -124,19 +126,20 @@ void for_each_unmasked_block(std::span<const KeyRange> ranges, int rows, const V
   finish_block();
 }
 
-// Calls visit(block, ranges) for the blocks of at most max_keys keys of a segment, in its order.
+// Calls visit(block, ranges) for the blocks of at most max_keys keys of a segment, in its order. The tile has a row for
+// each of `heads` heads of a query.
 template <int max_keys, class Visit>
-void for_each_block(const KeySegment& segment, QueryTile tile, const Visit& visit) {
-  const int rows = tile.end - tile.begin;
-  if (segment.mask == Mask::kNone) return for_each_unmasked_block<max_keys>(segment.ranges, rows, visit);
+void for_each_block(const KeySegment& segment, QueryTile tile, int heads, const Visit& visit) {
+  const int rows = (tile.end - tile.begin) * heads;
+  if (segment.mask == Mask::kNone) return for_each_unmasked_block<max_keys>(segment.ranges, rows, heads, visit);
   // A block ends where the diagonal enters the tile, so that those after it can leave out rows.
   const KeyRange range = segment.ranges.front();
   const KeyRange before = {range.begin, std::min(range.end, tile.begin)};
-  for_each_unmasked_block<max_keys>({&before, 1}, rows, visit);
+  for_each_unmasked_block<max_keys>({&before, 1}, rows, heads, visit);
   for (int key = std::max(range.begin, tile.begin); key < range.end;) {
     const KeyRange keys = {key, std::min(range.end, key + max_keys)};
-    const int first_row = key - tile.begin;
-    visit(LogitBlock{first_row, rows - first_row, keys.end - key, true}, std::span<const KeyRange>(&keys, 1));
+    const int first_row = (key - tile.begin) * heads;
+    visit(LogitBlock{first_row, rows - first_row, keys.end - key, heads, true}, std::span<const KeyRange>(&keys, 1));
     key = keys.end;
   }
 }

@@ -1,8 +1,8 @@
-"""Long-context attention on CPUs and GPUs: Dual Chunk Attention, and select-and-merge attention."""
+"""Dual Chunk Attention on CPUs and GPUs."""
 
 from chunkattn import _core, _ops, _registration, reference
 from chunkattn._temperature import temperature
-from chunkattn.functional import dca, select, select_merge
+from chunkattn.functional import dca, dca_varlen, dca_with_kvcache, select, select_merge
 from chunkattn.rotary import CRDNTK, dynamic_ntk_base, ntk_base, rope_rows, rope_table
 
 __version__ = _core.build_info()["version"]
@@ -10,6 +10,8 @@ __version__ = _core.build_info()["version"]
 __all__ = [
     "CRDNTK",
     "dca",
+    "dca_varlen",
+    "dca_with_kvcache",
     "dynamic_ntk_base",
     "ntk_base",
     "reference",

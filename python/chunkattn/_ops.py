@@ -32,3 +32,15 @@ def load_library(path: Path) -> None:
 
 
 load_library(find_library(Path(__file__).parent))
+
+CUDA_OPERATORS = frozenset(
+    name
+    for name in ("dca", "dca_varlen", "dca_with_kvcache", "select", "select_merge")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"chunkattn::{name}", "CUDA")
+)
+"""The functions that this build has CUDA kernels of."""
+
+
+def has_kernels(operator: str, device: torch.device) -> bool:
+    """Whether this build can run a function on a device."""
+    return device.type != "cuda" or operator in CUDA_OPERATORS

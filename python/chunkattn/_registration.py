@@ -1,14 +1,13 @@
 """What torch needs to know about the operators beyond their kernels: shapes, gradients and autocast."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from chunkattn import _ops  # noqa: F401  defines the operators
-
-_ARGUMENTS = ("q", "k", "v", "cos", "sin", "chunk_size", "local_size", "scale", "temperature")
 
 _library = Library("chunkattn", "FRAGMENT")
 
@@ -48,30 +47,45 @@ def _dca_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _readable(dout: Tensor) -> Tensor:
-    """Gradients may be expanded, as by sum(): kernels read contiguous rows."""
-    return dout if dout.stride(-1) == 1 else dout.contiguous()
+@register_fake("chunkattn::dca_varlen")
+def _dca_varlen_fake(
+    q, k, v, cos, sin, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, chunk_size, local_size, scale=None,
+    temperature=None, interleaved=False, q_rotated=False, k_rotated=False, deterministic=False,
+):  # fmt: skip
+    _check_devices(
+        q, k=k, v=v, cos=cos, sin=sin, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, temperature=temperature
+    )
+    rows, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((heads, rows), dtype=torch.float32)
 
 
-def _dca_setup_context(ctx, inputs, output) -> None:
-    q, k, v, cos, sin, chunk_size, local_size, scale, temperature, *flags = inputs
-    # chunkattn.dca has asked before the launch; this is for direct calls of the operator.
-    wanted = (name for name, needed in zip(_ARGUMENTS, ctx.needs_input_grad, strict=False) if needed)
-    check_gradients(wanted)
-    out, softmax_lse = output
-    ctx.mark_non_differentiable(softmax_lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, softmax_lse, cos, sin, temperature)
-    ctx.options = (chunk_size, local_size, scale), flags
+@register_fake("chunkattn::dca_varlen_backward")
+def _dca_varlen_backward_fake(dout, q, k, v, out, softmax_lse, cos, sin, cu_seqlens_q, cu_seqlens_k, *options):
+    _check_devices(
+        q, dout=dout, k=k, v=v, out=out, softmax_lse=softmax_lse, cos=cos, sin=sin, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _dca_backward(ctx, dout, _):
-    if dout is None:
-        return (None,) * len(ctx.needs_input_grad)
-    *tensors, temperature = ctx.saved_tensors
-    sizes, flags = ctx.options
-    grads = torch.ops.chunkattn.dca_backward(_readable(dout), *tensors, *sizes, temperature, *flags)
-    return *grads, *(None for _ in ctx.needs_input_grad[3:])
+@register_fake("chunkattn::dca_with_kvcache")
+def _dca_with_kvcache_fake(
+    q, k_cache, v_cache, cos, sin, cache_seqlens, chunk_size, local_size, block_table=None, k=None, v=None,
+    k_scale=None, v_scale=None, num_splits=0, scale=None, temperature=None, interleaved=False, q_rotated=False,
+):  # fmt: skip
+    _check_devices(
+        q, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin, cache_seqlens=cache_seqlens, block_table=block_table,
+        k=k, v=v, k_scale=k_scale, v_scale=v_scale, temperature=temperature,
+    )  # fmt: skip
+    batch, seqlen_q, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+
+
+@register_fake("chunkattn::dca_with_kvcache.out")
+def _dca_with_kvcache_out_fake(q, *arguments):
+    *arguments, out = arguments
+    _check_devices(q, out=out)
+    return _dca_with_kvcache_fake(q, *arguments)[1]
 
 
 @register_fake("chunkattn::select")
@@ -98,34 +112,45 @@ def _select_merge_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _select_merge_setup_context(ctx, inputs, output) -> None:
-    q, k, v, indices, *ctx.options = inputs
+def _names(operator: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.chunkattn, operator).default._schema.arguments]
+
+
+def _setup_context(operator: str, ctx, inputs, output) -> None:
+    # The function has asked before the launch; this is for direct calls of the operator.
+    check_gradients(name for name, needed in zip(_names(operator), ctx.needs_input_grad, strict=False) if needed)
     out, softmax_lse = output
     ctx.mark_non_differentiable(softmax_lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, softmax_lse, indices)
+    ctx.are_tensors = [isinstance(argument, Tensor) for argument in inputs]
+    ctx.others = [argument for argument in inputs if not isinstance(argument, Tensor)]
+    ctx.save_for_backward(out, softmax_lse, *(argument for argument in inputs if isinstance(argument, Tensor)))
 
 
-def _select_merge_backward(ctx, dout, _):
+def _backward(operator: str, ctx, dout, _):
+    """The operator's backward takes dout, q, k, v, out, softmax_lse, then what the operator takes after v."""
     if dout is None:
         return (None,) * len(ctx.needs_input_grad)
-    grads = torch.ops.chunkattn.select_merge_backward(_readable(dout), *ctx.saved_tensors, *ctx.options)
+    if dout.stride(-1) != 1:  # expanded, as by sum()
+        dout = dout.contiguous()
+    out, softmax_lse, *tensors = ctx.saved_tensors
+    tensors, others = iter(tensors), iter(ctx.others)
+    q, k, v, *rest = [next(tensors if is_tensor else others) for is_tensor in ctx.are_tensors]
+    grads = getattr(torch.ops.chunkattn, f"{operator}_backward")(dout, q, k, v, out, softmax_lse, *rest)
     return *grads, *(None for _ in ctx.needs_input_grad[3:])
 
 
-def _refuse_double_backward(operator: str):
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"chunkattn: {operator} has no second derivative; call backward without create_graph=True"
-        )
-
-    return backward
+def _refuse_double_backward(operator: str, ctx, *grads):
+    raise NotImplementedError(
+        f"chunkattn: {operator} has no second derivative; call backward without create_graph=True"
+    )
 
 
-register_autograd("chunkattn::dca", _dca_backward, setup_context=_dca_setup_context)
-register_autograd("chunkattn::dca_backward", _refuse_double_backward("dca"))
-register_autograd("chunkattn::select_merge", _select_merge_backward, setup_context=_select_merge_setup_context)
-register_autograd("chunkattn::select_merge_backward", _refuse_double_backward("select_merge"))
+for _operator in ("dca", "dca_varlen", "select_merge"):
+    register_autograd(
+        f"chunkattn::{_operator}", partial(_backward, _operator), setup_context=partial(_setup_context, _operator)
+    )
+    register_autograd(f"chunkattn::{_operator}_backward", partial(_refuse_double_backward, _operator))
 
 
 def _autocast(operator: str, count: int, device_type: str):
@@ -146,7 +171,7 @@ def _cast(tensor: Tensor, device_type: str, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if eligible else tensor
 
 
-# Of dca the table and the temperature stay float32.
-for _operator, _count in (("dca", 3), ("select", 2), ("select_merge", 3)):
+# Rotary tables and temperatures stay float32.
+for _operator, _count in (("dca", 3), ("dca_varlen", 3), ("select", 2), ("select_merge", 3)):
     _library.impl(_operator, _autocast(_operator, _count, "cpu"), "AutocastCPU")
     _library.impl(_operator, _autocast(_operator, _count, "cuda"), "AutocastCUDA")

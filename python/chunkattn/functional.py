@@ -5,13 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from chunkattn import _ops
 from chunkattn._registration import check_gradients
-
-_CUDA_OPERATORS = tuple(
-    name
-    for name in ("dca", "select", "select_merge")
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"chunkattn::{name}", "CUDA")
-)
 
 
 def _check_tensors(**tensors: Tensor) -> None:
@@ -21,12 +16,39 @@ def _check_tensors(**tensors: Tensor) -> None:
 
 
 def _check_kernels(operator: str, q: Tensor) -> None:
-    if q.is_cuda and operator not in _CUDA_OPERATORS:
-        remedy = "" if _CUDA_OPERATORS else "; build it again with nvcc"
+    if not _ops.has_kernels(operator, q.device):
+        remedy = "" if _ops.CUDA_OPERATORS else "; build it again with nvcc"
         raise NotImplementedError(
             f"chunkattn: q is on {q.device}, but this build of chunkattn has kernels of {operator} for the CPU only"
             f"{remedy}"
         )
+
+
+def _scale_and_temperature(
+    scale: float | None, temperature: float | Tensor | None, q: Tensor
+) -> tuple[float | None, Tensor | None]:
+    """As the operators take them: one temperature for all is a factor of the scale."""
+    if temperature is None or isinstance(temperature, Tensor):
+        return scale, temperature
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"chunkattn: temperature must be positive and finite, got {temperature}")
+    if scale is None:
+        _check_tensors(q=q)
+        scale = 1 / math.sqrt(max(1, q.shape[-1]))
+    return scale * temperature, None
+
+
+def _deterministic(deterministic: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+
+
+def _prepare(operator: str, tensors: dict[str, Tensor], deterministic: bool | None) -> bool:
+    """Checks what the operators cannot and returns which backward is wanted."""
+    _check_tensors(**tensors)
+    _check_kernels(operator, tensors["q"])
+    if torch.is_grad_enabled():
+        check_gradients(name for name, tensor in tensors.items() if tensor.requires_grad)
+    return _deterministic(deterministic)
 
 
 def dca(
@@ -82,25 +104,175 @@ def dca(
         TypeError, ValueError: an argument is not what is listed above.
         NotImplementedError: this build has no kernels for the device, or a gradient is asked for that does not exist.
     """
+    scale, temperature = _scale_and_temperature(scale, temperature, q)
     tensors = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}
-    _check_tensors(**tensors)
-    if isinstance(temperature, Tensor):
+    if temperature is not None:
         tensors["temperature"] = temperature
-    elif temperature is not None:
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"chunkattn: temperature must be positive and finite, got {temperature}")
-        if scale is None:
-            scale = 1 / math.sqrt(max(1, q.shape[-1]))
-        scale, temperature = scale * temperature, None
-    _check_kernels("dca", q)
-    if torch.is_grad_enabled():
-        check_gradients(name for name, tensor in tensors.items() if tensor.requires_grad)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = _prepare("dca", tensors, deterministic)
     out, lse = torch.ops.chunkattn.dca(
         q, k, v, cos, sin, chunk_size, local_size, scale, temperature, interleaved, q_rotated, k_rotated, deterministic
     )
     return (out, lse) if return_lse else out
+
+
+def dca_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    chunk_size: int,
+    local_size: int,
+    scale: float | None = None,
+    temperature: float | Tensor | None = None,
+    interleaved: bool = False,
+    q_rotated: bool = False,
+    k_rotated: bool = False,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`dca` of B sequences of different lengths, packed one behind the other without padding.
+
+    Sequence b has the rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` of q and those of cu_seqlens_k of k and v, as
+    in FlashAttention's ``flash_attn_varlen_func``. Positions count from each sequence's own first key; where it has
+    fewer keys than queries, its first queries see nothing and give output 0 and log-sum-exp -inf.
+
+    Args:
+        q: [total_q, Hq, D].
+        k, v: [total_k, Hkv, D]; dtypes, D and strides as for :func:`dca`.
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], from 0 to total_q and total_k. The host reads them on the CPU only,
+            where they are checked; wrong ones on CUDA give wrong results, never an access outside the tensors.
+        max_seqlen_q, max_seqlen_k: the length of the longest sequence, or more.
+        temperature: as for :func:`dca`, a tensor has one element for each sequence.
+        cos, sin, chunk_size, local_size, scale, interleaved, q_rotated, k_rotated, deterministic, return_lse: as for
+            :func:`dca`.
+
+    Returns:
+        out [total_q, Hq, D], contiguous, in the dtype of q. With return_lse also lse, float32 [Hq, total_q], natural
+        logarithm, not differentiable. Gradients flow to q, k and v.
+
+    Raises:
+        As :func:`dca`.
+    """
+    scale, temperature = _scale_and_temperature(scale, temperature, q)
+    tensors = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}
+    tensors |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    if temperature is not None:
+        tensors["temperature"] = temperature
+    deterministic = _prepare("dca_varlen", tensors, deterministic)
+    out, lse = torch.ops.chunkattn.dca_varlen(
+        q, k, v, cos, sin, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, chunk_size, local_size, scale,
+        temperature, interleaved, q_rotated, k_rotated, deterministic,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def dca_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    cache_seqlens: int | Tensor,
+    chunk_size: int,
+    local_size: int,
+    block_table: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    num_splits: int = 0,
+    scale: float | None = None,
+    temperature: float | Tensor | None = None,
+    interleaved: bool = False,
+    q_rotated: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dual Chunk Attention over a key-value cache, to which new keys and values are first appended in place.
+
+    For decoding (Sq = 1), speculative decoding and chunked prefill (Sq > 1) of sequences of different lengths, after
+    the conventions of FlashAttention's ``flash_attn_with_kvcache``. Sequence b has ``L = cache_seqlens[b] + Snew``
+    tokens; the new keys and values go to its positions ``cache_seqlens[b] ..``, and query n of Sq has position
+    ``L - Sq + n``. Queries before position 0, all of them for an empty sequence, give output 0 and log-sum-exp -inf.
+
+    The cache holds keys rotated at row ``j % (chunk_size - local_size)`` of the table, so it is valid for one pair of
+    chunk_size and local_size. Nothing beyond a sequence's tokens is read. The caller advances cache_seqlens.
+
+    Lengths, table and pages are read on the device and nothing waits for them, so a call can be captured in a CUDA
+    graph and replayed with other contents. On the CPU they are checked; on CUDA a length beyond the capacity or a page
+    id that does not exist gives wrong results for that sequence, never an access outside the cache.
+
+    Args:
+        q: [B, Sq, Hq, D], dtypes and D as for :func:`dca`.
+        k_cache, v_cache: [B, capacity, Hkv, D], or pages [num_pages, page_size, Hkv, D] with a block_table, Hq a
+            multiple of Hkv; in the dtype of q, or float8_e4m3fn with q of float32, bfloat16 or float16. The last
+            dimension is contiguous, other strides are free. A page size need not divide chunk_size.
+        cos, sin, chunk_size, local_size, scale, temperature, interleaved: as for :func:`dca`.
+        cache_seqlens: int32 [B], or one int for all: tokens in the cache before this call.
+        block_table: int32 [B, pages of a sequence]: token j lies in row ``j % page_size`` of page
+            ``block_table[b, j // page_size]``. Entries beyond a sequence's tokens are not read. Sequences may share
+            pages that none of them appends to.
+        k, v: [B, Snew, Hkv, D] in the dtype of q, or both None. New keys are raw; they are rotated on the way.
+        k_scale, v_scale: float32, a scalar or [Hkv], with a float8 cache only: what its elements are multiplied by when
+            they are read, and divided by, rounded to nearest and clamped to +-448 when they are written. None: 1.
+        out: [B, Sq, Hq, D] in the dtype of q, last dimension contiguous: written and returned.
+        num_splits: parts in which the keys of a sequence are attended in parallel, 0: chosen from the lengths.
+        q_rotated: q arrives rotated at row ``position % (chunk_size - local_size)``.
+        return_lse: also return the log-sum-exp of the logits.
+
+    Returns:
+        out [B, Sq, Hq, D] in the dtype of q and, with return_lse, lse, float32 [B, Hq, Sq], natural logarithm.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is listed above, or, on the CPU, a length exceeds the capacity or
+            a page that a sequence uses does not exist. The cache is unchanged.
+        NotImplementedError: this build has no kernels for the device, or an argument requires grad: there is no
+            backward through the cache.
+    """
+    _check_tensors(q=q)
+    _check_kernels("dca_with_kvcache", q)
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cos": cos, "sin": sin}
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full(
+            (q.shape[0],) if q.dim() else (0,), cache_seqlens, dtype=torch.int32, device=q.device
+        )
+    scale, temperature = _scale_and_temperature(scale, temperature, q)
+    optional = {
+        "block_table": block_table, "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale, "out": out,
+        "temperature": temperature,
+    }  # fmt: skip
+    tensors |= {"cache_seqlens": cache_seqlens} | {name: t for name, t in optional.items() if t is not None}
+    _check_tensors(**tensors)
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor.requires_grad:
+                raise NotImplementedError(
+                    f"chunkattn: {name} requires grad, but there is no backward through the cache; use torch.no_grad()"
+                )
+    k_scale, v_scale = (_per_head(factor, k_cache) for factor in (k_scale, v_scale))
+    arguments = (
+        q, k_cache, v_cache, cos, sin, cache_seqlens, chunk_size, local_size, block_table, k, v, k_scale, v_scale,
+        num_splits, scale, temperature, interleaved, q_rotated,
+    )  # fmt: skip
+    if out is None:
+        out, lse = torch.ops.chunkattn.dca_with_kvcache(*arguments)
+    else:
+        lse = torch.ops.chunkattn.dca_with_kvcache.out(*arguments, out)
+    return (out, lse) if return_lse else out
+
+
+def _per_head(factor: Tensor | None, cache: Tensor) -> Tensor | None:
+    """A scalar as one factor for each KV head."""
+    if factor is None or factor.dim() or cache.dim() != 4:
+        return factor
+    return factor.expand(cache.shape[2]).contiguous()
 
 
 def select(
@@ -219,9 +391,9 @@ def select_merge(
     else:
         _check_tensors(indices=indices)
         _check_index_heads(indices, heads, q, k)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    out, lse = torch.ops.chunkattn.select_merge(q, k, v, indices.contiguous(), region_size, merge, scale, deterministic)
+    out, lse = torch.ops.chunkattn.select_merge(
+        q, k, v, indices.contiguous(), region_size, merge, scale, _deterministic(deterministic)
+    )
     result = (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
     return result if len(result) > 1 else out
 

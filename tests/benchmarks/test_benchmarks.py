@@ -525,8 +525,19 @@ class TestGpuSession:
 
 
 def test_sanitizer_sweep(monkeypatch, capsys):
-    monkeypatch.setattr(sanitize_sweep, "PROBLEMS", [p for p in sanitize_sweep.PROBLEMS if p.seq_k < 150])
+    problems = [p for p in sanitize_sweep.PROBLEMS if not isinstance(p, sanitize_sweep.Dca) or p.seq_k < 150]
+    monkeypatch.setattr(sanitize_sweep, "PROBLEMS", problems)
     assert sanitize_sweep.main(["--device", "cpu"]) == 0
-    monkeypatch.setattr(sanitize_sweep, "run", lambda *_: (torch.tensor(torch.nan),) + (torch.tensor(0.0),) * 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(sanitize_sweep, "missing_operator", lambda problem, _: problem.operators[0])
+        assert sanitize_sweep.main(["--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert f"{len(problems)} problems, 0 wrong, 0 left out" in output
+    assert "left out, no kernels of select for cpu: SelectMerge seq=121 head_dim=64" in output
+
+    def wrong(q, k, v, *_, **__):
+        return q * torch.nan + k.sum() + v.sum(), torch.tensor(0.0)
+
+    monkeypatch.setattr(chunkattn, "dca", wrong)
     assert sanitize_sweep.main(["--device", "cpu"]) == 1
     assert "WRONG" in capsys.readouterr().out

@@ -20,6 +20,7 @@ import byte_model  # noqa: E402
 import corpus  # noqa: E402
 import extend_context  # noqa: E402
 import finetune_dca  # noqa: E402
+import serve  # noqa: E402
 import train_byte_llama  # noqa: E402
 from next_token_loss import next_token_loss  # noqa: E402
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
@@ -395,3 +396,77 @@ def test_finetuning_on_a_gpu_takes_no_float32(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         finetune_dca.parse_arguments(["--dtype", "float32"])
     assert "--dtype must be bfloat16 on a GPU" in capsys.readouterr().err
+
+
+def run_serve(folder, tmp_path, *arguments):
+    output = tmp_path / "serve.json"
+    sizes = ("--requests", "4", "--shortest", "5", "--longest", "90", "--new-tokens", "12", "--max-batch", "3")
+    options = ("--prefill-chunk", "32", "--chunk-size", "40", "--local-size", "13", "--json", str(output))
+    serve.main(["--model", str(folder), "--device", "cpu", "--dtype", "float32", *sizes, *options, *arguments])
+    return json.loads(output.read_text())
+
+
+@pytest.fixture
+def tiny_grouped_checkpoint(tmp_path):
+    """Two layers, four heads that share two KV heads."""
+    torch.manual_seed(0)
+    config = byte_model.byte_llama_config()
+    config.update({"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2})
+    config.initializer_range = 0.3
+    folder = tmp_path / "grouped"
+    byte_model.save(LlamaForCausalLM(config), folder, torch.float32)
+    return folder
+
+
+@pytest.mark.parametrize("scarce", [False, True])
+def test_serving_generates_what_generate_does(tiny_grouped_checkpoint, tmp_path, capsys, scarce):
+    # With pages for the longest request alone, the others wait for it to leave.
+    results = run_serve(tiny_grouped_checkpoint, tmp_path, *(("--pages", "5") if scarce else ()))
+    assert "tokens/s" in capsys.readouterr().out
+    model = byte_model.load(tiny_grouped_checkpoint, torch.float32, "cpu")
+    arguments = serve.parse_arguments(["--requests", "4", "--shortest", "5", "--longest", "90", "--new-tokens", "12"])
+    requests = serve.make_requests(arguments, model.config.vocab_size)
+    assert len({len(request.prompt) for request in requests}) > 1
+    for name in ("plain", "DCA"):
+        if name == "DCA":
+            enable_dca(model, 40, 13)
+        for request, tokens in zip(requests, results[name]["tokens"], strict=True):
+            expected = model.generate(torch.tensor([request.prompt]), max_new_tokens=12, do_sample=False)
+            assert tokens == expected[0, len(request.prompt) :].tolist()
+    assert results["DCA"]["tokens"] != results["plain"]["tokens"]
+
+
+def test_serving_with_a_float8_cache(tiny_grouped_checkpoint, tmp_path):
+    results = run_serve(tiny_grouped_checkpoint, tmp_path, "--float8", "--page-size", "48")
+    assert [len(tokens) for tokens in results["DCA"]["tokens"]] == [12] * 4
+    assert results["DCA"]["tokens_per_second"]["generated"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pages", "3"], "--pages must be at least 5 for the longest request, got 3"),
+        (["--local-size", "40"], "local_size must lie in 1 .. chunk_size - 1, got 40"),
+        (["--model", "{folder}"], "--model must name a causal language model of Hugging Face, got"),
+    ],
+)
+def test_serving_explains_what_does_not_fit(tiny_grouped_checkpoint, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    arguments = [argument.format(folder=tmp_path / "empty") for argument in arguments]
+    with pytest.raises(SystemExit) as failure:
+        run_serve(tiny_grouped_checkpoint, tmp_path, *arguments)
+    assert message in failure.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--requests", "0"], "--requests must be at least 1, got 0"),
+        (["--longest", "10"], "--longest must be --shortest, 64, or more, got 10"),
+        (["--page-size", "8"], "--page-size must be at least 16, got 8"),
+    ],
+)
+def test_serving_checks_options_before_it_loads(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        serve.parse_arguments(arguments)
+    assert message in capsys.readouterr().err

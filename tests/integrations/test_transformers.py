@@ -10,6 +10,8 @@ import math
 
 import pytest
 import torch
+from cases import skip_without_kernels
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import chunkattn
 from chunkattn import reference
@@ -17,6 +19,7 @@ from chunkattn import reference
 transformers = pytest.importorskip("transformers", minversion="5.0")
 integration = pytest.importorskip("chunkattn.integrations.transformers")
 enable_dca, disable_dca = integration.enable_dca, integration.disable_dca
+LengthTemperature = integration.LengthTemperature
 
 ATOL = 1e-5
 VOCAB = 61
@@ -683,3 +686,101 @@ def test_cache_that_drops_keys_is_refused(llama):
     logits(llama, tokens[:, :10], past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values must keep every key, got 8 keys for 11 tokens"):
         logits(llama, tokens[:, 10:11], past_key_values=cache)
+
+
+def calls_of(monkeypatch, name):
+    """The keyword arguments of every call of chunkattn's function `name` from now on."""
+    calls, function = [], getattr(chunkattn, name)
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(chunkattn, name, spy)
+    return calls
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_decodes_over_the_cache(llama, monkeypatch, cache):
+    layers = llama.config.num_hidden_layers
+    prefill, decode = (calls_of(monkeypatch, name) for name in ("dca", "dca_with_kvcache"))
+    llama.generate(make_tokens(), max_new_tokens=4, do_sample=False, cache_implementation=cache)
+    assert len(prefill) == layers
+    assert len(decode) == 3 * layers
+    if cache == "static":  # the length stays on the device
+        assert [call["cache_seqlens"].tolist() for call in decode[::layers]] == [[LENGTH + n] * 2 for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_without_kernels_for_decoding(llama, monkeypatch, cache):
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+    expected = llama.generate(make_tokens(), **options)
+    monkeypatch.setattr(integration, "has_kernels", lambda operator, device: operator != "dca_with_kvcache")
+    prefill, decode = (calls_of(monkeypatch, name) for name in ("dca", "dca_with_kvcache"))
+    assert torch.equal(llama.generate(make_tokens(), **options), expected)
+    assert len(prefill) == 4 * llama.config.num_hidden_layers
+    assert not decode
+
+
+def static_steps(model, step, tokens, prompt):
+    """Logits of tokens read through a static cache, those after the prompt one by one by `step`."""
+    cache = transformers.StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 5)
+    pieces = [logits(model, tokens[:, :prompt], past_key_values=cache)]
+    with torch.no_grad():
+        pieces += [step(tokens[:, n : n + 1], past_key_values=cache).logits for n in range(prompt, tokens.shape[1])]
+    return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("prompt", [1, STRIDE - 1, 20])
+def test_static_cache_step_by_step_equals_one_forward(llama, prompt):
+    tokens = make_tokens()
+    close(static_steps(llama, llama, tokens, prompt), logits(llama, tokens))
+
+
+def test_a_static_cache_is_used_without_waiting_for_its_length(llama, monkeypatch):
+    tokens = make_tokens()
+    cache = transformers.StaticCache(config=llama.config, max_cache_len=LENGTH)
+    logits(llama, tokens[:, :-1], past_key_values=cache)
+    with monkeypatch.context() as patch:
+        for name in ("item", "__int__", "__bool__", "tolist", "__index__"):
+            patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the host waited for the device"))
+        last = logits(llama, tokens[:, -1:], past_key_values=cache)
+    close(last, logits(llama, tokens)[:, -1:])
+
+
+def test_static_cache_and_a_temperature_of_the_length():
+    # Each step has the temperature of its own length, whichever cache it reads and wherever the length is known.
+    model = make_model()
+    tokens = make_tokens()
+    enable_dca(model, CHUNK, LOCAL, temperature=LengthTemperature(8))
+    cache = transformers.DynamicCache(config=model.config)
+    pieces = torch.split(tokens, [20, *[1] * (LENGTH - 20)], dim=1)
+    expected = torch.cat([logits(model, piece, past_key_values=cache) for piece in pieces], dim=1)
+    close(static_steps(model, model, tokens, 20), expected)
+    enable_dca(model, CHUNK, LOCAL, temperature=lambda length: LengthTemperature(8)(length))
+    close(static_steps(model, model, tokens, 20), expected)
+
+
+def test_compiled_decoding_over_a_static_cache(llama):
+    # Compiled once: neither the growing length nor what is in the cache makes another graph.
+    torch.compiler.reset()
+    tokens = make_tokens()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(llama, fullgraph=True, backend=counter)
+    close(static_steps(llama, compiled, tokens, 20), logits(llama, tokens))
+    assert counter.frame_count == 1
+
+
+def test_generation_with_a_compiled_forward_on_cuda(cuda):
+    # generate() compiles with reduce-overhead, CUDA graphs, by itself for a static cache on a GPU.
+    skip_without_kernels(cuda, "dca_with_kvcache")
+    torch.compiler.reset()
+    model = make_model(dtype=torch.bfloat16, head_dim=64).to(cuda)
+    enable_dca(model, CHUNK, LOCAL)
+    tokens = make_tokens().to(cuda)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    eager = static_steps(model, model, tokens, 20)
+    torch.testing.assert_close(static_steps(model, compiled, tokens, 20), eager, rtol=0, atol=0.05)
+    options = {"max_new_tokens": 2 * STRIDE, "do_sample": False}
+    sequences = model.generate(tokens, cache_implementation="static", **options)
+    assert sequences.shape == (2, LENGTH + 2 * STRIDE)

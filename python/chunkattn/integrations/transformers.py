@@ -8,7 +8,8 @@ Only public interfaces of transformers and torch are used: an attention function
 calls attention. The hook on the rotary embedding takes positions modulo the stride c = chunk_size - local_size, so that
 queries and cached keys arrive rotated at their row of the rotary table, as ``chunkattn.dca(..., q_rotated=True,
 k_rotated=True)`` expects. The hook on the decoder finds each sequence's real tokens and hands them to the layers
-through the keyword arguments that transformers forwards to its attention functions.
+through the keyword arguments that transformers forwards to its attention functions. Few queries, as in decoding, go
+through ``chunkattn.dca_with_kvcache`` on transformers' own cache where it has kernels for their device.
 """
 
 import inspect
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import chunkattn
+from chunkattn._ops import has_kernels
 from chunkattn._temperature import temperature_of_one
 
 try:
@@ -43,6 +45,9 @@ _SUPPORTED = "Llama, Mistral, Mixtral, Qwen2, Qwen2-MoE, Qwen3 and Qwen3-MoE mod
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 _STATE = "_chunkattn_dca"
+
+# Up to so many queries behind a cache are attended by the kernel for decoding, more by the kernel for prefill.
+_DECODE_QUERIES = 64
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class _Forward:
     """What the attention layers need to know about one forward of the model."""
 
     dual_chunk: "_DualChunk"
-    key_length: int  # filled cache slots, the new tokens included
+    key_length: int | Tensor  # filled cache slots, the new tokens included; int32 [B] where only the device knows
     sequences: list[_SequenceTokens] | None  # None: no padding
 
 
@@ -186,23 +191,38 @@ class _DualChunk:
             handle.remove()
         delattr(decoder, _STATE)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, length: int) -> Tensor:
-        """q [B, Sq, Hq, D], k and v [B, Sk, Hkv, D], of sequences of `length` tokens; returns [B, Sq, Hq, D]."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, length: int | Tensor) -> Tensor:
+        """q [B, Sq, Hq, D], k and v [B, Sk or more, Hkv, D] of sequences of `length` tokens; returns [B, Sq, Hq, D].
+
+        A length that is a tensor, int32 [B], stays on its device.
+        """
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        decodes = not needs_grad and has_kernels("dca_with_kvcache", q.device)
+        if isinstance(length, Tensor) and not decodes:
+            length = int(length[0])
         cos, sin = self._table(q.device)
-        temperature = self.temperature(length) if callable(self.temperature) else self.temperature
-        return chunkattn.dca(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            chunk_size=self.chunk_size,
-            local_size=self.local_size,
-            scale=scale,
-            temperature=temperature,
-            q_rotated=True,
-            k_rotated=True,
-        )
+        options = {
+            "chunk_size": self.chunk_size,
+            "local_size": self.local_size,
+            "scale": scale,
+            "temperature": self._temperature_of(length),
+            "q_rotated": True,
+        }
+        if decodes and (isinstance(length, Tensor) or (q.shape[1] <= _DECODE_QUERIES and q.shape[1] < length)):
+            # Under autocast queries are float32, and the cache, like the result, is not.
+            return chunkattn.dca_with_kvcache(
+                q.to(v.dtype), k.to(v.dtype), v, cos, sin, cache_seqlens=length, **options
+            )
+        return chunkattn.dca(q, k[:, :length], v[:, :length], cos, sin, k_rotated=True, **options)
+
+    def _temperature_of(self, length: int | Tensor) -> float | Tensor:
+        if not callable(self.temperature):
+            return self.temperature
+        if isinstance(length, Tensor):
+            if isinstance(self.temperature, LengthTemperature):
+                return chunkattn.temperature(length, self.temperature.original_length)
+            length = int(length[0])
+        return self.temperature(length)
 
     def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The rotary table on a device. It holds pure rotations: yarn's attention factor is in q and k already."""
@@ -239,11 +259,19 @@ class _DualChunk:
         if tokens is None:
             return (), kwargs
         cache = kwargs.get("past_key_values")
-        cached = 0 if cache is None else int(cache.get_seq_length())
-        key_length = cached + tokens.shape[1]
-        real = _padding_mask(kwargs.get("attention_mask"), tokens.shape[0], key_length, tokens.device)
+        cached = 0 if cache is None else cache.get_seq_length()
+        batch, new = tokens.shape[:2]
+        # The length of a static cache in use is a tensor. Nobody waits for it unless there is something to check, or
+        # nothing that could read it.
+        if not has_kernels("dca_with_kvcache", tokens.device):
+            cached = int(cached)
+        device_length = cached + new if isinstance(cached, Tensor) else None
+        if kwargs.get("attention_mask") is not None or kwargs.get("position_ids") is not None:
+            cached = int(cached)
+        key_length = cached + new
+        real = _padding_mask(kwargs.get("attention_mask"), batch, key_length, tokens.device)
 
-        slots = torch.arange(cached, key_length, device=tokens.device).unsqueeze(0)
+        slots = (torch.arange(new, device=tokens.device) + cached).unsqueeze(0)
         if real is None:
             positions, is_new = slots, None
         else:
@@ -251,6 +279,8 @@ class _DualChunk:
         _check_positions(kwargs.get("position_ids"), positions, slots, is_new)
         kwargs["position_ids"] = positions
         sequences = None if real is None else _locate_tokens(real, cached)
+        if sequences is None and device_length is not None:
+            key_length = device_length.to(tokens.device, torch.int32).expand(batch).contiguous()
         kwargs["dca_forward"] = _Forward(self, key_length, sequences)
         return (), kwargs
 
@@ -278,11 +308,11 @@ def _attention(
     if sliding_window:
         raise ValueError(f"sliding_window must be None with Dual Chunk Attention, got {sliding_window}")
     key_length = dca_forward.key_length
-    if key.shape[2] < key_length:
+    if not isinstance(key_length, Tensor) and key.shape[2] < key_length:
         raise ValueError(f"past_key_values must keep every key, got {key.shape[2]} keys for {key_length} tokens")
 
     # Static caches have slots beyond the tokens seen.
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key[:, :, :key_length], value[:, :, :key_length]))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     attend = dca_forward.dual_chunk.attend
     if dca_forward.sequences is None:
         return attend(q, k, v, scaling, key_length), None

@@ -4,6 +4,7 @@ They share no code with the kernels, run on any device in any floating dtype, fl
 """
 
 from chunkattn.reference.dca import dca, rotate
+from chunkattn.reference.decode import cached_rows, dca_with_kvcache
 from chunkattn.reference.select_merge import select, select_merge
 
-__all__ = ["dca", "rotate", "select", "select_merge"]
+__all__ = ["cached_rows", "dca", "dca_with_kvcache", "rotate", "select", "select_merge"]

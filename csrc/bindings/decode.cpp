@@ -1,0 +1,55 @@
+#include "../kernels.h"
+#include "checks.h"
+#include "ops.h"
+#include "results.h"
+#include "runtime.h"
+
+namespace chunkattn::bindings {
+
+namespace {
+
+// Whether there is anything to append or to attend.
+bool has_work(const DecodeArguments& arguments) {
+  return arguments.q.numel() > 0 || (arguments.k && arguments.k->numel() > 0);
+}
+
+void decode_on_cpu(const DecodeArguments& arguments, const Tensor& out, const Tensor& softmax_lse) {
+  const DecodeParams params = decode_params(arguments, out, softmax_lse);
+  check_cache_contents(params);
+  if (has_work(arguments)) cpu::dca_decode(params, parallel_for);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> dca_with_kvcache_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin,
+                                                Tensor cache_seqlens, int64_t chunk_size, int64_t local_size,
+                                                std::optional<Tensor> block_table, std::optional<Tensor> k,
+                                                std::optional<Tensor> v, std::optional<Tensor> k_scale,
+                                                std::optional<Tensor> v_scale, int64_t num_splits,
+                                                std::optional<double> scale, std::optional<Tensor> temperature,
+                                                bool interleaved, bool q_rotated) {
+  const DecodeArguments arguments{q,          k_cache,    v_cache,     cos,         sin,         cache_seqlens,
+                                  chunk_size, local_size, block_table, k,           v,           k_scale,
+                                  v_scale,    num_splits, scale,       temperature, interleaved, q_rotated};
+  check_decode(arguments, nullptr);
+  Tensor out = new_contiguous(q);
+  Tensor softmax_lse = new_softmax_lse(q);
+  decode_on_cpu(arguments, out, softmax_lse);
+  return {out, softmax_lse};
+}
+
+Tensor dca_with_kvcache_out_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin, Tensor cache_seqlens,
+                                int64_t chunk_size, int64_t local_size, std::optional<Tensor> block_table,
+                                std::optional<Tensor> k, std::optional<Tensor> v, std::optional<Tensor> k_scale,
+                                std::optional<Tensor> v_scale, int64_t num_splits, std::optional<double> scale,
+                                std::optional<Tensor> temperature, bool interleaved, bool q_rotated, Tensor out) {
+  const DecodeArguments arguments{q,          k_cache,    v_cache,     cos,         sin,         cache_seqlens,
+                                  chunk_size, local_size, block_table, k,           v,           k_scale,
+                                  v_scale,    num_splits, scale,       temperature, interleaved, q_rotated};
+  check_decode(arguments, &out);
+  Tensor softmax_lse = new_softmax_lse(q);
+  decode_on_cpu(arguments, out, softmax_lse);
+  return softmax_lse;
+}
+
+}  // namespace chunkattn::bindings
