@@ -17,9 +17,9 @@
 
 namespace chunkattn::cuda {
 
-// Ordered as the scores are.
+// Ordered as the scores are; the zeros are equal.
 __device__ __forceinline__ uint32_t ordered_bits(float score) {
-  const uint32_t bits = __float_as_uint(score);
+  const uint32_t bits = __float_as_uint(score + 0.f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 __device__ __forceinline__ float from_ordered_bits(uint32_t key) {
@@ -123,10 +123,11 @@ class RowCandidates {
     return stored(half) > capacity_ / 4 - kColumns / 4;
   }
 
-  // A row's candidates as the whole warp sees them: lane l has those at l, l + 32, ...
+  // A row's candidates as the whole warp sees them: lane l has those at l, l + 32, ... that were stored by lane l % 4
+  // of the row's quad.
   struct RowView {
     const uint64_t* memory;
-    int valid;                // of the first `valid` multiples of 32 / 4, only those that were stored
+    int valid;                // how many that lane stored
     uint32_t keys[kPerLane];  // ordered scores; 0, which no score has, where there is no candidate
   };
 
@@ -221,7 +222,7 @@ class RowCandidates {
     uint64_t* target = lists == nullptr ? row_memory(index) : lists + static_cast<int64_t>(index) * top_k_;
     int written = 0;
     for_each(row, [&](int i, uint32_t key) {
-      // Behind what is read everything was read: the target may be the row itself.
+      // What is written lies before what is still to be read: the target may be the row itself.
       const uint64_t candidate = key >= low ? load(row.memory + i * 32 + lane()) : 0;
       const bool keep = key > low || (key == low && region_of(candidate) < end_of_ties);
       const uint32_t keepers = __ballot_sync(0xffffffffu, keep);

@@ -15,6 +15,7 @@ constexpr int kMaximumBlocks = 160;
 
 // What the tensors of one pass may take beside the candidates.
 constexpr int64_t kPassBytes = int64_t{1200} << 20;
+constexpr int64_t kMaximumPlanes = 65535;  // of a pass: the second dimension of a grid
 
 // Merging keeps its lists in shared memory.
 constexpr int kLargestTopK = 4096;

@@ -20,7 +20,8 @@ SelectWorkspace select_workspace(const SelectParams& params, void* memory, size_
   const int64_t means = static_cast<int64_t>(rule.regions) * workspace.padded_dim;
   const int64_t list_entries = static_cast<int64_t>(rule.regions) * params.top_k;
   const int64_t plane_bytes = 2 * kMeanBytes * means + list_entries * static_cast<int64_t>(sizeof(uint64_t));
-  const int64_t fitting = kPassBytes / plane_bytes;
+  const int64_t by_bytes = kPassBytes / plane_bytes;
+  const int64_t fitting = by_bytes < kMaximumPlanes ? by_bytes : kMaximumPlanes;
   if (fitting < planes) {
     // Passes of equal size.
     const int64_t passes = fitting < 1 ? planes : (planes + fitting - 1) / fitting;
