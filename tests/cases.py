@@ -82,16 +82,17 @@ class Case:
         }
 
 
-def check_forward(qkv: tuple[Tensor, Tensor, Tensor], options: dict) -> Tensor:
-    """Calls dca, compares out and lse with the oracle, returns out."""
-    out, lse = chunkattn.dca(*qkv, **options, return_lse=True)
+def check_forward(qkv: tuple[Tensor, Tensor, Tensor], options: dict, attention: str = "dca") -> Tensor:
+    """Calls chunkattn.<attention>, compares out and lse with the oracle, returns out."""
+    function, reference = getattr(chunkattn, attention), getattr(chunkattn.reference, attention)
+    out, lse = function(*qkv, **options, return_lse=True)
     q = qkv[0]
     assert out.dtype == q.dtype
     assert out.is_contiguous()
     assert lse.dtype == torch.float32
     assert lse.is_contiguous()
-    oracle, oracle_lse = chunkattn.reference.dca(*(x.double() for x in qkv), **options, return_lse=True)
-    plain, plain_lse = chunkattn.reference.dca(*qkv, **options, return_lse=True)
+    oracle, oracle_lse = reference(*(x.double() for x in qkv), **options, return_lse=True)
+    plain, plain_lse = reference(*qkv, **options, return_lse=True)
     assert_within_rule(out, oracle, plain, "out")
     # lse is float32, but its logits carry the rounding of q and k after their rotation.
     ulps = max(4.0, torch.finfo(q.dtype).eps / torch.finfo(torch.float32).eps / 2)
@@ -109,18 +110,21 @@ def _worse(a: Tensor, b: Tensor, oracle: Tensor) -> Tensor:
     return max(a, b, key=lambda x: (x.double() - oracle).abs().max().item()) if oracle.numel() else a
 
 
-def check_backward(qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, options: dict) -> tuple[Tensor, ...]:
-    """Compares the gradients of dca with those autograd finds for the oracle, and returns them.
+def check_backward(
+    qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, options: dict, attention: str = "dca"
+) -> tuple[Tensor, ...]:
+    """Compares the gradients of chunkattn.<attention> with those autograd finds for the oracle, and returns them.
 
     The backward's formula takes delta = rowsum(dout * out) from the forward's output, which is rounded to the dtype of
     the inputs; autograd of the plain formula does not. What the rounding alone changes in the oracle's gradients counts
     as an error of the plain formula: a shift of delta is a gradient of the log-sum-exp.
     """
-    grads = gradients(chunkattn.dca, qkv, dout, options)
-    plain = gradients(chunkattn.reference.dca, qkv, dout, options)
+    reference = getattr(chunkattn.reference, attention)
+    grads = gradients(getattr(chunkattn, attention), qkv, dout, options)
+    plain = gradients(reference, qkv, dout, options)
     exact_qkv = tuple(x.detach().double().requires_grad_() for x in qkv)
     exact_dout = dout.double()
-    out, lse = chunkattn.reference.dca(*exact_qkv, **options, return_lse=True)
+    out, lse = reference(*exact_qkv, **options, return_lse=True)
     oracle = torch.autograd.grad(out, exact_qkv, exact_dout, retain_graph=True)
     shift = ((out - out.to(dout.dtype).double()) * exact_dout).sum(-1).transpose(1, 2).detach()
     rounded_out = torch.autograd.grad((out, lse), exact_qkv, (exact_dout, shift.to(lse.dtype)))
@@ -138,6 +142,7 @@ def check_backward(qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, options: di
 
 def _dlogits(out: Tensor, dout: Tensor, options: dict) -> float:
     """Magnitude of the terms of delta, times what the logits are multiplied by."""
-    scale = out.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
-    temperature = 1.0 if options["temperature"] is None else torch.as_tensor(options["temperature"]).max().item()
+    scale = out.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
+    temperature = options.get("temperature")
+    temperature = 1.0 if temperature is None else torch.as_tensor(temperature).max().item()
     return scale * temperature * (dout * out.detach()).norm(dim=-1).max().item()

@@ -3,66 +3,14 @@
 import itertools
 import math
 import sys
-from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from select_merge_cases import ELIGIBILITIES, HEADS, MODES, SELECTIONS, SelectMergeCase
 
 from chunkattn.reference import select, select_merge
-
-ELIGIBILITIES = ("group", "row")
-SELECTIONS = ("lookahead", "causal")
-HEADS = ("kv", "q")
-MODES = list(itertools.product(ELIGIBILITIES, SELECTIONS, HEADS))
-
-
-@dataclass(frozen=True, repr=False)
-class Tiny:
-    """One call. The defaults meet everything: four groups of which the last is partial, as its last region is."""
-
-    seqlen: int = 21
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 1
-    head_dim: int = 3
-    region_size: int = 2
-    top_k: int = 3
-    merge: int = 3
-    eligibility: str = "group"
-    selection: str = "lookahead"
-    heads_mode: str = "kv"
-    integers: bool = False
-    seed: int = 0
-
-    def __repr__(self) -> str:
-        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
-        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "default"
-
-    def but(self, **changes) -> "Tiny":
-        return replace(self, **changes)
-
-    @property
-    def group_tokens(self) -> int:
-        return self.region_size * self.merge
-
-    def inputs(self, dtype: torch.dtype = torch.float64, count: int = 3) -> tuple[Tensor, ...]:
-        """q, k, v (and q and k again), standard normal, or integers that tie and whose means over 1 to 4 are exact."""
-        generator = torch.Generator().manual_seed(self.seed)
-        q_shape = (self.batch, self.seqlen, self.heads, self.head_dim)
-        k_shape = (self.batch, self.seqlen, self.kv_heads, self.head_dim)
-        shapes = (q_shape, k_shape, k_shape, q_shape, k_shape)[:count]
-        if self.integers:
-            drawn = (12 * torch.randint(-1, 2, shape, generator=generator) for shape in shapes)
-        else:
-            drawn = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-        return tuple(x.to(dtype) for x in drawn)
-
-    def options(self) -> dict:
-        names = ("region_size", "top_k", "merge", "eligibility", "selection")
-        return {name: getattr(self, name) for name in names} | {"heads": self.heads_mode}
 
 
 def mean(rows):
@@ -158,22 +106,22 @@ def assert_equals_literal(case):
 @pytest.mark.parametrize(
     "case",
     [
-        Tiny(),
-        Tiny(batch=2, heads=4, kv_heads=2),
-        Tiny(heads=6, kv_heads=2, seqlen=14),
-        Tiny(heads=3, kv_heads=3, seqlen=24),
-        Tiny(seqlen=30, top_k=1),
-        Tiny(seqlen=30, top_k=2, merge=5),
-        Tiny(seqlen=30, top_k=5, merge=2),
-        Tiny(seqlen=20, merge=1),
-        Tiny(seqlen=12, region_size=1),
-        Tiny(seqlen=12, region_size=1, merge=1),
-        Tiny(seqlen=31, region_size=5, merge=2, top_k=2),
-        Tiny(seqlen=13, merge=100),
-        Tiny(seqlen=13, region_size=100),
-        Tiny(seqlen=28, top_k=100),
-        Tiny(seqlen=40, integers=True),
-        Tiny(seqlen=43, integers=True, region_size=4, merge=2, head_dim=1),
+        SelectMergeCase(),
+        SelectMergeCase(batch=2, heads=4, kv_heads=2),
+        SelectMergeCase(heads=6, kv_heads=2, seqlen=14),
+        SelectMergeCase(heads=3, kv_heads=3, seqlen=24),
+        SelectMergeCase(seqlen=30, top_k=1),
+        SelectMergeCase(seqlen=30, top_k=2, merge=5),
+        SelectMergeCase(seqlen=30, top_k=5, merge=2),
+        SelectMergeCase(seqlen=20, merge=1),
+        SelectMergeCase(seqlen=12, region_size=1),
+        SelectMergeCase(seqlen=12, region_size=1, merge=1),
+        SelectMergeCase(seqlen=31, region_size=5, merge=2, top_k=2),
+        SelectMergeCase(seqlen=13, merge=100),
+        SelectMergeCase(seqlen=13, region_size=100),
+        SelectMergeCase(seqlen=28, top_k=100),
+        SelectMergeCase(seqlen=40, integers=True),
+        SelectMergeCase(seqlen=43, integers=True, region_size=4, merge=2, head_dim=1),
     ],
     ids=str,
 )
@@ -185,14 +133,14 @@ def test_oracle_equals_loops(case, eligibility, selection, heads_mode):
 def test_oracle_around_region_and_group_boundaries(seqlen):
     # Regions of 3 and groups of 9 tokens.
     for eligibility, selection in itertools.product(ELIGIBILITIES, SELECTIONS):
-        case = Tiny(seqlen=seqlen, region_size=3, top_k=2, eligibility=eligibility, selection=selection)
+        case = SelectMergeCase(seqlen=seqlen, region_size=3, top_k=2, eligibility=eligibility, selection=selection)
         assert_equals_literal(case)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.builds(
-        Tiny,
+        SelectMergeCase,
         seqlen=st.integers(1, 36),
         batch=st.integers(1, 2),
         heads=st.just(4),
@@ -213,7 +161,7 @@ def test_oracle_equals_loops_on_random_cases(case):
 
 
 def test_fewer_eligible_regions_than_top_k():
-    case = Tiny(seqlen=24, top_k=9)
+    case = SelectMergeCase(seqlen=24, top_k=9)
     assert select(*case.inputs(count=2), **case.options())[0, 0].tolist() == [
         [-1] * 9,
         [0, 1, 2] + [-1] * 6,
@@ -224,7 +172,7 @@ def test_fewer_eligible_regions_than_top_k():
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_ties_go_to_the_lowest_index(selection):
-    case = Tiny(seqlen=40, selection=selection)
+    case = SelectMergeCase(seqlen=40, selection=selection)
     q, k = (torch.ones_like(x) for x in case.inputs(count=2))
     ids = select(q, k, **case.options())[0, 0].tolist()
     assert ids == [[-1] * 3] + [[0, 1, 2]] * 6
@@ -246,7 +194,7 @@ def test_ranks_come_before_rows_in_the_merge():
 def test_large_top_k_is_dense_causal_attention(eligibility, selection, heads_mode):
     # By "row" and "lookahead" a partial group lacks the rows for which its newest regions would be eligible.
     seqlen = 96 if (eligibility, selection) == ("row", "lookahead") else 103
-    case = Tiny(seqlen, 2, 4, 2, 16, 4, 25, 3, eligibility, selection, heads_mode)
+    case = SelectMergeCase(seqlen, 2, 4, 2, 16, 4, 25, 3, eligibility, selection, heads_mode)
     q, k, v = case.inputs()
     out = select_merge(q, k, v, **case.options())
     torch.testing.assert_close(out, dense_causal(q, k, v), rtol=0, atol=1e-13)
@@ -254,7 +202,7 @@ def test_large_top_k_is_dense_causal_attention(eligibility, selection, heads_mod
 
 def test_a_partial_group_lacks_rows():
     # The last group starts at region 6 and has one row, which may list region 6 - 3 and before.
-    case = Tiny(seqlen=13, top_k=100, eligibility="row")
+    case = SelectMergeCase(seqlen=13, top_k=100, eligibility="row")
     assert select(*case.inputs(count=2), **case.options())[0, 0, 2, :5].tolist() == [0, 1, 2, 3, -1]
     case = case.but(selection="causal")
     assert select(*case.inputs(count=2), **case.options())[0, 0, 2, :7].tolist() == [0, 1, 2, 3, 4, 5, -1]
@@ -262,7 +210,7 @@ def test_a_partial_group_lacks_rows():
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_the_first_regions_are_dense_and_later_ones_are_not(selection):
-    case = Tiny(160, 1, 2, 2, 8, 4, 12, 4, selection=selection)
+    case = SelectMergeCase(160, 1, 2, 2, 8, 4, 12, 4, selection=selection)
     q, k, v = case.inputs()
     out = select_merge(q, k, v, **case.options())
     dense = dense_causal(q, k, v)
@@ -272,7 +220,7 @@ def test_the_first_regions_are_dense_and_later_ones_are_not(selection):
 
 
 def test_defaults_at_two_thousand_tokens_are_dense():
-    case = Tiny(seqlen=2500, heads=2, kv_heads=1, head_dim=16)
+    case = SelectMergeCase(seqlen=2500, heads=2, kv_heads=1, head_dim=16)
     q, k, v = case.inputs()
     out, indices = select_merge(q, k, v, return_indices=True)
     torch.testing.assert_close(out, dense_causal(q, k, v), rtol=0, atol=1e-13)
@@ -280,7 +228,7 @@ def test_defaults_at_two_thousand_tokens_are_dense():
 
 
 def test_without_merging_each_region_keeps_its_own_best():
-    case = Tiny(seqlen=64, heads=1, region_size=4, merge=1, top_k=3)
+    case = SelectMergeCase(seqlen=64, heads=1, region_size=4, merge=1, top_k=3)
     q, k = case.inputs(count=2)
     ids = select(q, k, **case.options())[0, 0]
     scores = q[0, :, 0].view(16, 4, 3).mean(1) @ k[0, :, 0].view(16, 4, 3).mean(1).T
@@ -299,7 +247,7 @@ def test_scores_are_summed_over_the_heads_that_share_a_kv_head():
 
 @pytest.mark.parametrize("heads_mode", HEADS)
 def test_given_indices_replace_the_selection(heads_mode):
-    case = Tiny(batch=2, heads=4, kv_heads=2, heads_mode=heads_mode)
+    case = SelectMergeCase(batch=2, heads=4, kv_heads=2, heads_mode=heads_mode)
     q, k, v = case.inputs()
     # Unsorted, and of another count than top_k. Groups start at regions 0, 3, 6 and 9, the last region is 10.
     ids = [[[5, 0], [2, 0], [-1, 4], [7, 3]], [[-1, 0], [0, 3], [-7, 11], [8, 1 << 30]]]
@@ -317,7 +265,7 @@ def test_given_indices_replace_the_selection(heads_mode):
 
 
 def test_no_indices_leave_the_own_group():
-    case = Tiny(seqlen=18)
+    case = SelectMergeCase(seqlen=18)
     q, k, v = case.inputs()
     out = select_merge(q, k, v, **case.options(), indices=torch.empty(1, 1, 3, 0, dtype=torch.int32))
     for begin in (0, 6, 12):
@@ -326,7 +274,7 @@ def test_no_indices_leave_the_own_group():
 
 
 def test_selection_on_other_rows():
-    case = Tiny(seqlen=40, batch=2, heads=4, kv_heads=2)
+    case = SelectMergeCase(seqlen=40, batch=2, heads=4, kv_heads=2)
     q, k, v, other_q, other_k = case.inputs(count=5)
     indices = select(other_q, other_k, **case.options())
     assert not torch.equal(indices, select(q, k, **case.options()))
@@ -338,7 +286,7 @@ def test_selection_on_other_rows():
 
 
 def test_what_is_returned():
-    case = Tiny()
+    case = SelectMergeCase()
     qkv = case.inputs()
     out, lse, indices = select_merge(*qkv, **case.options(), return_lse=True, return_indices=True)
     assert torch.equal(select_merge(*qkv, **case.options()), out)
@@ -351,7 +299,7 @@ def test_what_is_returned():
 
 @pytest.mark.parametrize("heads_mode", HEADS)
 def test_oracle_has_the_right_gradients(heads_mode):
-    case = Tiny(seqlen=15, region_size=2, merge=2, top_k=2, heads_mode=heads_mode)
+    case = SelectMergeCase(seqlen=15, region_size=2, merge=2, top_k=2, heads_mode=heads_mode)
     qkv = tuple(x.requires_grad_() for x in case.inputs())
     indices = select(*qkv[:2], **case.options())
 
@@ -362,7 +310,7 @@ def test_oracle_has_the_right_gradients(heads_mode):
 
 
 def test_no_gradient_flows_through_the_selection():
-    case = Tiny(seqlen=40)
+    case = SelectMergeCase(seqlen=40)
     q, k, v, *other = (x.requires_grad_() for x in case.inputs(count=5))
     indices = select(*other, **case.options())
     assert not indices.requires_grad
@@ -376,7 +324,7 @@ def test_no_gradient_flows_through_the_selection():
 
 @pytest.mark.parametrize(("eligibility", "selection", "heads_mode"), MODES)
 def test_causality(eligibility, selection, heads_mode):
-    case = Tiny(47, 1, 2, 1, 3, 2, 3, 4, eligibility, selection, heads_mode)
+    case = SelectMergeCase(47, 1, 2, 1, 3, 2, 3, 4, eligibility, selection, heads_mode)
     qkv = case.inputs()
     out = select_merge(*qkv, **case.options())
     moved_before = False
@@ -394,7 +342,7 @@ def test_causality(eligibility, selection, heads_mode):
 
 @pytest.mark.parametrize("eligibility", ELIGIBILITIES)
 def test_a_causal_prefix_is_the_whole_of_a_shorter_sequence(eligibility):
-    case = Tiny(47, 1, 2, 1, 3, 2, 3, 4, eligibility, "causal")
+    case = SelectMergeCase(47, 1, 2, 1, 3, 2, 3, 4, eligibility, "causal")
     qkv = case.inputs()
     out = select_merge(*qkv, **case.options())
     for length in range(1, case.seqlen):
@@ -404,7 +352,7 @@ def test_a_causal_prefix_is_the_whole_of_a_shorter_sequence(eligibility):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_oracle_runs_in_any_dtype(dtype):
-    case = Tiny(120, 2, 4, 2, 16, 4, 5, 4)
+    case = SelectMergeCase(120, 2, 4, 2, 16, 4, 5, 4)
     qkv = case.inputs(dtype)
     out, lse, indices = select_merge(*qkv, **case.options(), return_lse=True, return_indices=True)
     assert out.dtype == dtype
@@ -417,7 +365,7 @@ def test_oracle_runs_in_any_dtype(dtype):
 
 
 def test_autocast_leaves_the_scores_in_float32():
-    case = Tiny(400, 1, 2, 1, 16, 2, 4, 4)
+    case = SelectMergeCase(400, 1, 2, 1, 16, 2, 4, 4)
     q, k = case.inputs(torch.float32, count=2)
     with torch.autocast("cpu", torch.bfloat16):
         ids = select(q, k, **case.options())
@@ -425,7 +373,7 @@ def test_autocast_leaves_the_scores_in_float32():
 
 
 def test_oracle_in_blocks_equals_oracle_at_once(monkeypatch):
-    case = Tiny(batch=2, heads=4, kv_heads=2, seqlen=45, merge=6)
+    case = SelectMergeCase(batch=2, heads=4, kv_heads=2, seqlen=45, merge=6)
     qkv = case.inputs()
     at_once = select_merge(*qkv, **case.options(), return_lse=True)
     # At most 5 queries of 12 at a time, fewer where keys are many.
@@ -435,7 +383,7 @@ def test_oracle_in_blocks_equals_oracle_at_once(monkeypatch):
 
 
 def test_strides_are_free():
-    case = Tiny(batch=2, heads=4, kv_heads=2)
+    case = SelectMergeCase(batch=2, heads=4, kv_heads=2)
     qkv = case.inputs()
     strided = tuple(x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0) for x in qkv)
     torch.testing.assert_close(
@@ -445,7 +393,7 @@ def test_strides_are_free():
 
 @pytest.mark.parametrize("empty", [{"seqlen": 0}, {"batch": 0}], ids=["no tokens", "no sequences"])
 def test_nothing_to_attend(empty):
-    case = Tiny().but(**empty)
+    case = SelectMergeCase().but(**empty)
     qkv = case.inputs()
     out, lse, indices = select_merge(*qkv, **case.options(), return_lse=True, return_indices=True)
     assert out.shape == qkv[0].shape
@@ -517,7 +465,7 @@ BAD_CALLS_OF_ATTENTION = [
 
 
 def refused(function, names, edits, message):
-    case = Tiny(batch=2, heads=4, kv_heads=2)
+    case = SelectMergeCase(batch=2, heads=4, kv_heads=2)
     arguments = dict(zip(("q", "k", "v"), case.inputs(), strict=True)) | case.options()
     edited = {name: edit(arguments[name]) if callable(edit) else edit for name, edit in edits.items()}
     arguments = {name: value for name, value in (arguments | edited).items() if name in names or name not in "qkv"}

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from cases import Case, dtypes, gradients
+from select_merge_cases import SelectMergeCase, skip_without_kernels
 from tolerance import assert_within_rule
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import chunkattn
@@ -224,3 +226,88 @@ def test_cuda_tensors_of_a_device_that_is_not_current(cuda):
         result = chunkattn.dca(q, k, v, **options)
     with torch.cuda.device(other):
         assert torch.equal(result, chunkattn.dca(q, k, v, **options))
+
+
+SELECT_MERGE_CASE = SelectMergeCase(70, 2, 4, 2, 16, 4, 3, 4)
+
+
+def select_merge_call(device, dtype, case=SELECT_MERGE_CASE):
+    """q, k, v that require gradients, and the sizes and words."""
+    skip_without_kernels(device)
+    return tuple(x.requires_grad_() for x in case.inputs(dtype, 3, device)), case.options()
+
+
+@pytest.mark.parametrize("changes", [{}, {"heads_mode": "q", "selection": "causal"}, {"seqlen": 0}], ids=str)
+def test_opcheck_select_merge(device, changes):
+    case = SELECT_MERGE_CASE.but(**changes)
+    for dtype in (dtypes(device)[0], dtypes(device)[-1]):
+        (q, k, v), options = select_merge_call(device, dtype, case)
+        opcheck(torch.ops.chunkattn.select.default, (q, k, *options.values()))
+        sizes = (case.region_size, case.merge, 0.3)
+        ids = chunkattn.select(q, k, **options)
+        opcheck(torch.ops.chunkattn.select_merge.default, (q, k, v, ids, *sizes))
+        q, k, v = (x.detach() for x in (q, k, v))
+        out, lse = torch.ops.chunkattn.select_merge(q, k, v, ids, *sizes)
+        arguments = (torch.randn_like(out), q, k, v, out, lse, ids, *sizes, True)
+        opcheck(torch.ops.chunkattn.select_merge_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compile_select_merge_with_gradients(device, dynamic):
+    compiled = torch.compile(chunkattn.select_merge, fullgraph=True, dynamic=dynamic)
+    for seqlen in (70, 71):
+        case = SELECT_MERGE_CASE.but(seqlen=seqlen)
+        qkv, options = select_merge_call(device, dtypes(device)[1], case)
+        dout = torch.randn_like(qkv[0])
+        ours = gradients(compiled, qkv, dout, options)
+        for a, b in zip(ours, gradients(chunkattn.select_merge, qkv, dout, options), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_autocast_casts_what_select_merge_reads(device):
+    (q, k, v), options = select_merge_call(device, torch.float32)
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float16):
+            half = tuple(x.to(dtype) for x in (q, k, v))
+            ids = chunkattn.select(*half[:2], **options)
+            expected = chunkattn.select_merge(*half, **options)
+            with torch.autocast(device.type, dtype=dtype):
+                assert torch.equal(chunkattn.select(q, k, **options), ids)
+                assert torch.equal(chunkattn.select(half[0], k, **options), ids)
+                assert torch.equal(chunkattn.select_merge(q, k, v, **options), expected)
+                assert torch.equal(chunkattn.select_merge(q, half[1], v, **options), expected)
+
+
+def test_checkpoint_of_select_merge(device):
+    qkv, options = select_merge_call(device, dtypes(device)[1])
+    options["deterministic"] = True
+    dout = torch.randn_like(qkv[0])
+    out = checkpoint(lambda *x: chunkattn.select_merge(*x, **options), *qkv, use_reentrant=False)
+    grads = torch.autograd.grad(out, qkv, dout)
+    for ours, expected in zip(grads, gradients(chunkattn.select_merge, qkv, dout, options), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("default", [False, True])
+def test_deterministic_of_select_merge_follows_torch_unless_said(device, asked, default):
+    (q, k, v), options = select_merge_call(device, dtypes(device)[-1])
+    calls = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            calls.append((function, arguments))
+            return function(*arguments, **(keywords or {}))
+
+    torch.use_deterministic_algorithms(default)
+    try:
+        with Spy():
+            out = chunkattn.select_merge(q, k, v, **options, deterministic=asked)
+            torch.autograd.grad(out.sum(), (q, k, v))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    names = ("select_merge", "select_merge_backward")
+    found = {str(f): arguments[len(f._schema.arguments) - 1 :] for f, arguments in calls if "select_merge" in str(f)}
+    expected = default if asked is None else asked
+    # A trailing default is left out of the arguments.
+    assert found == {f"chunkattn.{name}.default": ((True,) if expected else ()) for name in names}

@@ -1,9 +1,10 @@
-// The arguments of the dca operators, as torch hands them over and as the kernels take them.
+// The arguments of the operators, as torch hands them over and as the kernels take them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 
 #include "../params.h"
 
@@ -26,12 +27,37 @@ struct DcaArguments {
   bool k_rotated;
 };
 
+struct SelectArguments {
+  Tensor q;  // [batch, seqlen, heads, head_dim]
+  Tensor k;  // [batch, seqlen, kv_heads, head_dim]
+  int64_t region_size;
+  int64_t top_k;
+  int64_t merge;
+  std::string eligibility;  // "group", "row"
+  std::string selection;    // "lookahead", "causal"
+  std::string heads;        // "kv", "q"
+};
+
+struct SelectMergeArguments {
+  Tensor q;        // [batch, seqlen, heads, head_dim]
+  Tensor k;        // [batch, seqlen, kv_heads, head_dim]
+  Tensor v;        // [batch, seqlen, kv_heads, head_dim]
+  Tensor indices;  // int32 [batch, kv_heads or heads, groups, any number]
+  int64_t region_size;
+  int64_t merge;
+  std::optional<double> scale;  // absent: 1 / sqrt(head_dim)
+};
+
 Strides strides_of(const Tensor& tensor);
 
 // The arguments must have passed their checks. softmax_lse is contiguous [batch, heads, seqlen_q].
 ForwardParams forward_params(const DcaArguments& arguments, const Tensor& out, const Tensor& softmax_lse);
 
-// A tensor like `like`, contiguous and uninitialised.
-Tensor new_contiguous(const Tensor& like);
+// `indices` is contiguous [batch, kv_heads or heads, groups, top_k].
+SelectParams select_params(const SelectArguments& arguments, const Tensor& indices);
+SelectMergeParams select_merge_params(const SelectMergeArguments& arguments, const Tensor& out,
+                                      const Tensor& softmax_lse);
+
+RegionGeometry region_geometry(int64_t region_size, int64_t merge);
 
 }  // namespace chunkattn::bindings

@@ -6,43 +6,18 @@
 #include "../kernels.h"
 #include "checks.h"
 #include "ops.h"
+#include "results.h"
 #include "runtime.h"
 
 namespace chunkattn::bindings {
 
 namespace {
 
-struct Gradients {
-  Tensor dq;
-  Tensor dk;
-  Tensor dv;
-  bool empty;  // there is no query, so nothing flows back to the keys
-
-  std::tuple<Tensor, Tensor, Tensor> as_tuple() const { return {dq, dk, dv}; }
-};
-
-Gradients new_gradients(const DcaArguments& arguments) {
-  Gradients gradients{new_contiguous(arguments.q), new_contiguous(arguments.k), new_contiguous(arguments.v),
-                      arguments.q.numel() == 0};
-  if (gradients.empty) {
-    torch::stable::zero_(gradients.dk);
-    torch::stable::zero_(gradients.dv);
-  }
-  return gradients;
-}
-
 BackwardParams backward_params(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
                                const Tensor& softmax_lse, const Gradients& gradients) {
   BackwardParams params{};
   params.forward = forward_params(arguments, out, softmax_lse);
-  params.dout = dout.const_data_ptr();
-  params.dq = gradients.dq.mutable_data_ptr();
-  params.dk = gradients.dk.mutable_data_ptr();
-  params.dv = gradients.dv.mutable_data_ptr();
-  params.dout_strides = strides_of(dout);
-  params.dq_strides = strides_of(gradients.dq);
-  params.dk_strides = strides_of(gradients.dk);
-  params.dv_strides = strides_of(gradients.dv);
+  set_gradients(params, dout, gradients);
   return params;
 }
 
@@ -56,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> dca_backward_cpu(Tensor dout, Tensor q, Tenso
   const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
                                local_size, scale, temperature, interleaved, q_rotated, k_rotated};
   check_dca_backward(arguments, dout, out, softmax_lse);
-  const Gradients gradients = new_gradients(arguments);
+  const Gradients gradients = new_gradients(q, k, v);
   if (!gradients.empty) {
     cpu::dca_backward(backward_params(arguments, dout, out, softmax_lse, gradients), parallel_for);
   }
@@ -73,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> dca_backward_cuda(Tensor dout, Tensor q, Tens
                                local_size, scale, temperature, interleaved, q_rotated, k_rotated};
   check_dca_backward(arguments, dout, out, softmax_lse);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Gradients gradients = new_gradients(arguments);
+  const Gradients gradients = new_gradients(q, k, v);
   if (gradients.empty) return gradients.as_tuple();
 
   const BackwardParams params = backward_params(arguments, dout, out, softmax_lse, gradients);

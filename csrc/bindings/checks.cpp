@@ -1,8 +1,10 @@
 #include "checks.h"
 
 #include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -11,6 +13,7 @@ namespace chunkattn::bindings {
 
 namespace {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Device;
 
@@ -110,31 +113,41 @@ void check_q_dtype_and_head_dim(const Tensor& q) {
   }
 }
 
-void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
+void check_sizes(const char* name, const Tensor& tensor) {
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    check(tensor.size(i) <= kMaxSize, name, " must have sizes below 2**31, got shape ", shape_of(tensor));
+  }
+}
+
+void check_queries_and_keys(const Tensor& q, const Tensor& k) {
   check_rank("q", q, 4, "[batch, seqlen_q, heads, head_dim]");
   check_rank("k", k, 4, "[batch, seqlen_k, kv_heads, head_dim]");
-  check_rank("v", v, 4, "[batch, seqlen_k, kv_heads, head_dim]");
   check_device("k", k, q);
-  check_device("v", v, q);
   check_q_dtype_and_head_dim(q);
   check_dtype_of_q("k", k, q);
-  check_dtype_of_q("v", v, q);
-
   check(k.size(0) == q.size(0), "k must have the batch size of q, ", q.size(0), ", got ", k.size(0));
   check(k.size(3) == q.size(3), "k must have the head dimension of q, ", q.size(3), ", got ", k.size(3));
-  check(same_shape(v, k), "v must have the shape of k, ", shape_of(k), ", got ", shape_of(v));
   const int64_t heads = q.size(2);
   const int64_t kv_heads = k.size(2);
   check(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0,
         "q must have a number of heads that is a multiple of the heads of k, got ", heads, " and ", kv_heads);
   check(q.size(1) <= k.size(1), "q must not be longer than k, got seqlen_q ", q.size(1), " and seqlen_k ", k.size(1));
-  for (int64_t i = 0; i < 4; ++i) {
-    check(q.size(i) <= kMaxSize, "q must have sizes below 2**31, got shape ", shape_of(q));
-    check(k.size(i) <= kMaxSize, "k must have sizes below 2**31, got shape ", shape_of(k));
-  }
+  check_sizes("q", q);
+  check_sizes("k", k);
   check_last_dim("q", q);
   check_last_dim("k", k);
+}
+
+void check_values(const Tensor& q, const Tensor& k, const Tensor& v) {
+  check_rank("v", v, 4, "[batch, seqlen_k, kv_heads, head_dim]");
+  check_device("v", v, q);
+  check_dtype_of_q("v", v, q);
+  check(same_shape(v, k), "v must have the shape of k, ", shape_of(k), ", got ", shape_of(v));
   check_last_dim("v", v);
+}
+
+void check_scale(const std::optional<double>& scale) {
+  if (scale) check(std::isfinite(*scale) && *scale > 0, "scale must be positive and finite, got ", *scale);
 }
 
 void check_chunks(int64_t chunk_size, int64_t local_size) {
@@ -175,23 +188,8 @@ void check_temperature(const Tensor& temperature, const Tensor& q) {
   check_last_dim("temperature", temperature);
 }
 
-}  // namespace
-
-void check_dca(const DcaArguments& arguments) {
-  check_qkv(arguments.q, arguments.k, arguments.v);
-  check_chunks(arguments.chunk_size, arguments.local_size);
-  check_rotary(arguments);
-  if (arguments.scale) {
-    check(std::isfinite(*arguments.scale) && *arguments.scale > 0, "scale must be positive and finite, got ",
-          *arguments.scale);
-  }
-  if (arguments.temperature) check_temperature(*arguments.temperature, arguments.q);
-}
-
-void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
-                        const Tensor& softmax_lse) {
-  check_dca(arguments);
-  const Tensor& q = arguments.q;
+// What the backward takes on top of the arguments of the forward.
+void check_saved(const Tensor& q, const Tensor& dout, const Tensor& out, const Tensor& softmax_lse) {
   check_rank("dout", dout, 4, "[batch, seqlen_q, heads, head_dim]");
   check_rank("out", out, 4, "[batch, seqlen_q, heads, head_dim]");
   check_rank("softmax_lse", softmax_lse, 3, "[batch, heads, seqlen_q]");
@@ -208,6 +206,105 @@ void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const
   check_last_dim("dout", dout);
   check_last_dim("out", out);
   check(softmax_lse.is_contiguous(), "softmax_lse must be contiguous; call .contiguous()");
+}
+
+void check_same_length(const Tensor& q, const Tensor& k) {
+  check(k.size(1) == q.size(1), "k must have the length of q, ", q.size(1), ", got ", k.size(1));
+}
+
+void check_count(const char* name, int64_t count) {
+  check(count >= 1 && count <= kMaxSize, name, " must lie in 1 .. 2**31 - 1, got ", count);
+}
+
+void check_regions(int64_t region_size, int64_t merge) {
+  check_count("region_size", region_size);
+  check_count("merge", merge);
+}
+
+void check_word(const char* name, const std::string& word, const char* first, const char* second) {
+  check(word == first || word == second, name, " must be '", first, "' or '", second, "', got '", word, "'");
+}
+
+void check_indices(const Tensor& indices, const Tensor& q, const Tensor& k, const RegionGeometry& geometry) {
+  check_rank("indices", indices, 4, "[batch, kv_heads or heads, groups, regions]");
+  check_device("indices", indices, q);
+  check(indices.scalar_type() == ScalarType::Int, "indices must be int32, got ", dtype_of(indices));
+  const int64_t heads = q.size(2);
+  const int64_t kv_heads = k.size(2);
+  const int64_t groups = geometry.groups(static_cast<int>(q.size(1)));
+  const bool known_heads = indices.size(1) == kv_heads || indices.size(1) == heads;
+  check(indices.size(0) == q.size(0) && known_heads && indices.size(2) == groups, "indices must have shape [",
+        q.size(0), ", ", kv_heads, " or ", heads, ", ", groups, ", any], got ", shape_of(indices));
+  check_sizes("indices", indices);
+  check(indices.is_contiguous(), "indices must be contiguous; call .contiguous()");
+}
+
+void check_region_ids(const Tensor& indices, const RegionGeometry& geometry) {
+  const Tensor host = indices.is_cpu() ? indices : torch::stable::to(indices, Device(DeviceType::CPU));
+  const int* const ids = static_cast<const int*>(host.const_data_ptr());
+  const int64_t groups = host.size(2);
+  const int64_t capacity = host.size(3);
+  int64_t ignored = 0;
+  int64_t first = 0;
+  for (int64_t i = 0; i < host.numel(); ++i) {
+    const int group = static_cast<int>(i / capacity % groups);
+    if (ids[i] == -1 || geometry.may_attend(group, ids[i])) continue;
+    if (ignored++ == 0) first = i;
+  }
+  if (ignored == 0) return;
+  const int64_t list = first / capacity;
+  const int group = static_cast<int>(list % groups);
+  check(false, "indices must hold -1 and ids of regions before their group, got ", ignored,
+        ignored == 1 ? " other, " : " others, first ", ids[first], " at [", list / groups / host.size(1), ", ",
+        list / groups % host.size(1), ", ", group, ", ", first % capacity, "], whose group begins at region ",
+        geometry.first_region(group));
+}
+
+}  // namespace
+
+void check_dca(const DcaArguments& arguments) {
+  check_queries_and_keys(arguments.q, arguments.k);
+  check_values(arguments.q, arguments.k, arguments.v);
+  check_chunks(arguments.chunk_size, arguments.local_size);
+  check_rotary(arguments);
+  check_scale(arguments.scale);
+  if (arguments.temperature) check_temperature(*arguments.temperature, arguments.q);
+}
+
+void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
+                        const Tensor& softmax_lse) {
+  check_dca(arguments);
+  check_saved(arguments.q, dout, out, softmax_lse);
+}
+
+void check_select(const SelectArguments& arguments) {
+  check_queries_and_keys(arguments.q, arguments.k);
+  check_same_length(arguments.q, arguments.k);
+  check_regions(arguments.region_size, arguments.merge);
+  check_count("top_k", arguments.top_k);
+  check_word("eligibility", arguments.eligibility, "group", "row");
+  check_word("selection", arguments.selection, "lookahead", "causal");
+  check_word("heads", arguments.heads, "kv", "q");
+}
+
+void check_select_merge(const SelectMergeArguments& arguments) {
+  const Tensor& q = arguments.q;
+  const Tensor& k = arguments.k;
+  check_queries_and_keys(q, k);
+  check_same_length(q, k);
+  check_values(q, k, arguments.v);
+  check_regions(arguments.region_size, arguments.merge);
+  check_scale(arguments.scale);
+  const RegionGeometry geometry = region_geometry(arguments.region_size, arguments.merge);
+  check_indices(arguments.indices, q, k, geometry);
+  const char* const debug = std::getenv("CHUNKATTN_DEBUG");
+  if (debug != nullptr && std::string(debug) == "1") check_region_ids(arguments.indices, geometry);
+}
+
+void check_select_merge_backward(const SelectMergeArguments& arguments, const Tensor& dout, const Tensor& out,
+                                 const Tensor& softmax_lse) {
+  check_select_merge(arguments);
+  check_saved(arguments.q, dout, out, softmax_lse);
 }
 
 }  // namespace chunkattn::bindings

@@ -12,4 +12,11 @@ void check_dca(const DcaArguments& arguments);
 void check_dca_backward(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
                         const Tensor& softmax_lse);
 
+void check_select(const SelectArguments& arguments);
+
+// With CHUNKATTN_DEBUG=1 in the environment also ids that would be ignored are refused, which waits for the device.
+void check_select_merge(const SelectMergeArguments& arguments);
+void check_select_merge_backward(const SelectMergeArguments& arguments, const Tensor& dout, const Tensor& out,
+                                 const Tensor& softmax_lse);
+
 }  // namespace chunkattn::bindings

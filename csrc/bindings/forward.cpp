@@ -7,18 +7,10 @@
 #include "../kernels.h"
 #include "checks.h"
 #include "ops.h"
+#include "results.h"
 #include "runtime.h"
 
 namespace chunkattn::bindings {
-
-namespace {
-
-Tensor new_softmax_lse(const Tensor& q) {
-  const std::array<int64_t, 3> shape{q.size(0), q.size(2), q.size(1)};
-  return torch::stable::new_empty(q, {shape.data(), shape.size()}, torch::headeronly::ScalarType::Float);
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> dca_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
                                    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,

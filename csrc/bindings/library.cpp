@@ -13,6 +13,16 @@ STABLE_TORCH_LIBRARY(chunkattn, library) {
       "dca_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin, "
       "int chunk_size, int local_size, float? scale=None, Tensor? temperature=None, bool interleaved=False, "
       "bool q_rotated=False, bool k_rotated=False, bool deterministic=False) -> (Tensor dq, Tensor dk, Tensor dv)");
+  library.def(
+      "select(Tensor q, Tensor k, int region_size, int top_k, int merge, str eligibility=\"group\", "
+      "str selection=\"lookahead\", str heads=\"kv\") -> Tensor");
+  library.def(
+      "select_merge(Tensor q, Tensor k, Tensor v, Tensor indices, int region_size, int merge, float? scale=None, "
+      "bool deterministic=False) -> (Tensor out, Tensor softmax_lse)");
+  library.def(
+      "select_merge_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+      "Tensor indices, int region_size, int merge, float? scale=None, bool deterministic=False) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
 #ifdef CHUNKATTN_WITH_CUDA
   library.def("force_kernel(str name) -> ()");
 #endif
@@ -21,6 +31,9 @@ STABLE_TORCH_LIBRARY(chunkattn, library) {
 STABLE_TORCH_LIBRARY_IMPL(chunkattn, CPU, library) {
   library.impl("dca", TORCH_BOX(&bindings::dca_cpu));
   library.impl("dca_backward", TORCH_BOX(&bindings::dca_backward_cpu));
+  library.impl("select", TORCH_BOX(&bindings::select_cpu));
+  library.impl("select_merge", TORCH_BOX(&bindings::select_merge_cpu));
+  library.impl("select_merge_backward", TORCH_BOX(&bindings::select_merge_backward_cpu));
 }
 
 #ifdef CHUNKATTN_WITH_CUDA

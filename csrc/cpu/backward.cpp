@@ -2,6 +2,7 @@
 
 #include "cpu/backward_unit.h"
 #include "cpu/forward_tile.h"
+#include "cpu/group_attention.h"
 #include "kernels.h"
 
 namespace chunkattn::cpu {
@@ -69,8 +70,9 @@ Accumulator<Storage> out_dot_gradient(const BackwardParams& params, int batch, i
 }
 
 template <class Storage, class Operand>
-void compute_statistics(const BackwardParams& params, const KeysAndValues<Storage, Operand>& keys_and_values,
-                        ParallelFor parallel_for, QueryStatistics<Accumulator<Storage>> statistics) {
+void compute_statistics(const BackwardParams& params, const RegionLists* regions,
+                        const KeysAndValues<Storage, Operand>& keys_and_values, ParallelFor parallel_for,
+                        QueryStatistics<Accumulator<Storage>> statistics) {
   const ForwardParams& forward = params.forward;
   const AttentionShape& shape = forward.shape;
   for_each_task(parallel_for, static_cast<int64_t>(shape.batch) * shape.heads, [&] {
@@ -87,7 +89,7 @@ void compute_statistics(const BackwardParams& params, const KeysAndValues<Storag
   if constexpr (std::is_same_v<Storage, double>) {
     // softmax_lse is float: too coarse for gradients in double.
     for_each_forward_tile<Storage, Operand>(
-        forward, keys_and_values, parallel_for,
+        forward, regions, keys_and_values, parallel_for,
         [&](const ForwardTile<Storage, Operand>& tile, int batch, int head, QueryTile query_tile) {
           const int64_t row = (static_cast<int64_t>(batch) * shape.heads + head) * shape.seqlen_q;
           double* const lse = statistics.lse_log2 + row + (query_tile.begin - forward.first_position());
@@ -97,7 +99,7 @@ void compute_statistics(const BackwardParams& params, const KeysAndValues<Storag
 }
 
 template <class Storage, class Operand>
-void run_backward(const BackwardParams& params, ParallelFor parallel_for) {
+void run_backward(const BackwardParams& params, const RegionLists* regions, ParallelFor parallel_for) {
   using Accum = Accumulator<Storage>;
   const ForwardParams& forward = params.forward;
   const auto keys_and_values = make_keys_and_values<Storage, Operand>(forward, parallel_for);
@@ -105,31 +107,29 @@ void run_backward(const BackwardParams& params, ParallelFor parallel_for) {
   const Buffer<Accum> lse_log2(queries);
   const Buffer<Accum> delta(queries);
   const QueryStatistics<Accum> statistics = {lse_log2.data(), delta.data()};
-  compute_statistics(params, keys_and_values, parallel_for, statistics);
+  compute_statistics(params, regions, keys_and_values, parallel_for, statistics);
 
   using Unit = BackwardUnit<Storage, Operand>;
   const BackwardPlan plan = plan_backward(forward, parallel_for, Unit::kQueries);
   for_each_task(parallel_for, static_cast<int64_t>(plan.shares.size()), [&] {
-    return [&, unit = Unit(params, keys_and_values, statistics, plan.tiling, plan.max_keys)](int64_t task) mutable {
-      unit.run(plan.shares[task]);
-    };
+    return [&, unit = Unit(params, regions, keys_and_values, statistics, plan.tiling, plan.max_keys)](
+               int64_t task) mutable { unit.run(plan.shares[task]); };
   });
 }
 
 }  // namespace
 
 void dca_backward(const BackwardParams& params, ParallelFor parallel_for) {
-  switch (params.forward.dtype) {
-    case DataType::kFloat64:
-      return run_backward<double, double>(params, parallel_for);
-    case DataType::kFloat32:
-      return run_backward<float, float>(params, parallel_for);
-    case DataType::kBFloat16:
-      return has_fast_bfloat16_gemm() ? run_backward<BFloat16, BFloat16>(params, parallel_for)
-                                      : run_backward<BFloat16, float>(params, parallel_for);
-    case DataType::kFloat16:
-      return run_backward<Float16, float>(params, parallel_for);
-  }
+  with_element_types(params.forward.dtype, [&]<class Storage, class Operand> {
+    run_backward<Storage, Operand>(params, nullptr, parallel_for);
+  });
+}
+
+void select_merge_backward(const SelectMergeBackwardParams& params, ParallelFor parallel_for) {
+  const BackwardParams backward = group_attention(params);
+  with_element_types(backward.forward.dtype, [&]<class Storage, class Operand> {
+    run_backward<Storage, Operand>(backward, &params.forward.regions, parallel_for);
+  });
 }
 
 }  // namespace chunkattn::cpu

@@ -39,11 +39,13 @@ class BackwardUnit {
   static constexpr int kKeys = 128;
   static constexpr int kStride = kKeys + kRowMultiple;
 
-  // For shares of at most max_keys keys whose gradients are wanted.
-  BackwardUnit(const BackwardParams& params, const KeysAndValues<Storage, Operand>& keys_and_values,
-               QueryStatistics<Accum> statistics, QueryTiling tiling, int max_keys)
+  // For shares of at most max_keys keys whose gradients are wanted. regions: see TileSegments.
+  BackwardUnit(const BackwardParams& params, const RegionLists* regions,
+               const KeysAndValues<Storage, Operand>& keys_and_values, QueryStatistics<Accum> statistics,
+               QueryTiling tiling, int max_keys)
       : params_(params),
         keys_and_values_(keys_and_values),
+        segments_(params.forward, regions),
         statistics_(statistics),
         tiling_(tiling),
         head_dim_(params.forward.shape.head_dim),
@@ -57,6 +59,7 @@ class BackwardUnit {
         separate_logit_gradients_(kSeparate ? tiling.size * kStride : 0),
         segment_gradients_(tiling.size * head_dim_),
         query_gradients_(tiling.size * head_dim_),
+        block_gradients_(kKeys * head_dim_),
         key_gradients_(static_cast<int64_t>(max_keys) * head_dim_),
         value_gradients_(static_cast<int64_t>(max_keys) * head_dim_) {}
 
@@ -80,24 +83,20 @@ class BackwardUnit {
   static constexpr bool kSeparate = !std::is_same_v<Operand, Accum>;
 
   void run_tile(int head, QueryTile tile) {
-    if (tile.end <= share_.key_begin) return;
     head_ = head;
     tile_ = tile;
     const ForwardParams& forward = params_.forward;
-    convert_rows(rows_of<Storage>(params_.dout, params_.dout_strides, share_.batch, first_query(), head),
-                 Rows<Operand>{out_gradients_.data(), head_dim_}, rows(), head_dim_);
-    if (share_.query_gradients) std::fill_n(query_gradients_.data(), rows() * head_dim_, Accum(0));
-    const SegmentList segments = forward.geometry.segments(tile);
-    for (int i = 0; i < segments.count; ++i) {
-      Segment segment = segments.items[i];
-      segment.key_begin = std::max(segment.key_begin, share_.key_begin);
-      segment.key_end = std::min(segment.key_end, share_.key_end);
-      if (segment.key_begin >= segment.key_end) continue;
+    bool first = true;
+    segments_.for_each(share_.batch, head, tile, {share_.key_begin, share_.key_end}, [&](const KeySegment& segment) {
+      if (first) begin_tile();
+      first = false;
       load_queries<Storage>(forward, share_.batch, head, tile, segment.regime, queries_.data());
       if (share_.query_gradients) std::fill_n(segment_gradients_.data(), rows() * head_dim_, Accum(0));
-      for_each_block(segment, tile, kKeys, [&](const LogitBlock& block) { differentiate(block); });
+      for_each_block<kKeys>(segment, tile, [&](const LogitBlock& block, std::span<const KeyRange> ranges) {
+        differentiate(block, ranges);
+      });
       if (share_.query_gradients) add_segment_gradients(segment.regime);
-    }
+    });
     if (share_.query_gradients) {
       convert_rows(Rows<const Accum>{query_gradients_.data(), head_dim_},
                    rows_of<Storage>(params_.dq, params_.dq_strides, share_.batch, first_query(), head), rows(),
@@ -105,17 +104,23 @@ class BackwardUnit {
     }
   }
 
-  void differentiate(const LogitBlock& block) {
+  void begin_tile() {
+    convert_rows(rows_of<Storage>(params_.dout, params_.dout_strides, share_.batch, first_query(), head_),
+                 Rows<Operand>{out_gradients_.data(), head_dim_}, rows(), head_dim_);
+    if (share_.query_gradients) std::fill_n(query_gradients_.data(), rows() * head_dim_, Accum(0));
+  }
+
+  void differentiate(const LogitBlock& block, std::span<const KeyRange> ranges) {
     const auto& [keys, values] = keys_and_values_;
-    const Operand* const k = keys.block(share_.batch, kv_head_, block.first_key, block.keys, key_block_.data());
-    const Operand* const v = values.block(share_.batch, kv_head_, block.first_key, block.keys, value_block_.data());
+    const Rows<const Operand> k = keys.block(share_.batch, kv_head_, ranges, key_block_.data());
+    const Rows<const Operand> v = values.block(share_.batch, kv_head_, ranges, value_block_.data());
     const int offset = block.first_row * head_dim_;
     const Operand* const queries = queries_.data() + offset;
     const Operand* const out_gradients = out_gradients_.data() + offset;
-    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries, head_dim_, k, keys.ld(), false,
-         logits_.data(), kStride);
-    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, out_gradients, head_dim_, v, values.ld(),
-         false, probability_gradients_.data(), kStride);
+    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries, head_dim_, k.data,
+         static_cast<int>(k.stride), false, logits_.data(), kStride);
+    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, out_gradients, head_dim_, v.data,
+         static_cast<int>(v.stride), false, probability_gradients_.data(), kStride);
     Operand* const probabilities = in_place_or(logits_, separate_probabilities_);
     Operand* const logit_gradients = in_place_or(probability_gradients_, separate_logit_gradients_);
     const int64_t head_row =
@@ -127,15 +132,31 @@ class BackwardUnit {
                                                 statistics_.lse_log2 + row, statistics_.delta + row);
     });
     if (share_.query_gradients) {
-      gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, logit_gradients, kStride, k, keys.ld(),
-           true, segment_gradients_.data() + offset, head_dim_);
+      gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, logit_gradients, kStride, k.data,
+           static_cast<int>(k.stride), true, segment_gradients_.data() + offset, head_dim_);
     }
     if (share_.key_gradients) {
-      const int64_t key_offset = static_cast<int64_t>(block.first_key - share_.key_begin) * head_dim_;
-      gemm(Transpose::kYes, Transpose::kNo, block.keys, head_dim_, block.rows, probabilities, kStride, out_gradients,
-           head_dim_, true, value_gradients_.data() + key_offset, head_dim_);
-      gemm(Transpose::kYes, Transpose::kNo, block.keys, head_dim_, block.rows, logit_gradients, kStride, queries,
-           head_dim_, true, key_gradients_.data() + key_offset, head_dim_);
+      add_key_gradients(block, ranges, probabilities, out_gradients, value_gradients_.data());
+      add_key_gradients(block, ranges, logit_gradients, queries, key_gradients_.data());
+    }
+  }
+
+  // Adds coefficients^T [keys, rows] times factors [rows, head_dim] to the gradients of the block's keys.
+  void add_key_gradients(const LogitBlock& block, std::span<const KeyRange> ranges, const Operand* coefficients,
+                         const Operand* factors, Accum* gradients) {
+    const auto gradients_from = [&](int key) {
+      return gradients + static_cast<int64_t>(key - share_.key_begin) * head_dim_;
+    };
+    const bool in_place = ranges.size() == 1;
+    Accum* const sums = in_place ? gradients_from(ranges.front().begin) : block_gradients_.data();
+    gemm(Transpose::kYes, Transpose::kNo, block.keys, head_dim_, block.rows, coefficients, kStride, factors, head_dim_,
+         in_place, sums, head_dim_);
+    if (in_place) return;
+    const Accum* from = sums;
+    for (const KeyRange& range : ranges) {
+      const int size = (range.end - range.begin) * head_dim_;
+      vectorized(CHUNKATTN_LOOPS(bytes) { add_row<Simd<Accum, bytes>>(from, gradients_from(range.begin), size); });
+      from += size;
     }
   }
 
@@ -148,7 +169,9 @@ class BackwardUnit {
                   RotationSense::kInverse,
                   [&](int n) { return forward.geometry.query_rotation(regime, tile_.begin + n, forward.q_rotated); });
     }
-    for (int i = 0; i < rows() * head_dim_; ++i) query_gradients_.data()[i] += gradients.data[i];
+    vectorized(CHUNKATTN_LOOPS(bytes) {
+      add_row<Simd<Accum, bytes>>(gradients.data, query_gradients_.data(), rows() * head_dim_);
+    });
   }
 
   void write_key_gradients() {
@@ -180,6 +203,7 @@ class BackwardUnit {
 
   const BackwardParams& params_;
   const KeysAndValues<Storage, Operand>& keys_and_values_;
+  TileSegments segments_;
   const QueryStatistics<Accum> statistics_;
   const QueryTiling tiling_;
   const int head_dim_;
@@ -193,6 +217,7 @@ class BackwardUnit {
   const Buffer<Operand> separate_logit_gradients_;  // [tile, kStride] where they do not fit in place
   const Buffer<Accum> segment_gradients_;           // [tile, head_dim], of rotated queries
   const Buffer<Accum> query_gradients_;             // [tile, head_dim]
+  const Buffer<Accum> block_gradients_;             // [kKeys, head_dim], of keys from several ranges
   const Buffer<Accum> key_gradients_;               // [keys of the share, head_dim], of rotated keys
   const Buffer<Accum> value_gradients_;             // [keys of the share, head_dim]
   BackwardShare share_ = {};

@@ -1,14 +1,15 @@
 #include "cpu/forward_tile.h"
+#include "cpu/group_attention.h"
 #include "kernels.h"
 
 namespace chunkattn::cpu {
 namespace {
 
 template <class Storage, class Operand>
-void run_forward(const ForwardParams& params, ParallelFor parallel_for) {
+void run_forward(const ForwardParams& params, const RegionLists* regions, ParallelFor parallel_for) {
   const auto keys_and_values = make_keys_and_values<Storage, Operand>(params, parallel_for);
   for_each_forward_tile<Storage, Operand>(
-      params, keys_and_values, parallel_for,
+      params, regions, keys_and_values, parallel_for,
       [&](const ForwardTile<Storage, Operand>& tile, int batch, int head, QueryTile query_tile) {
         tile.write_out();
         const int64_t row = (static_cast<int64_t>(batch) * params.shape.heads + head) * params.shape.seqlen_q;
@@ -20,17 +21,16 @@ void run_forward(const ForwardParams& params, ParallelFor parallel_for) {
 }  // namespace
 
 void dca_forward(const ForwardParams& params, ParallelFor parallel_for) {
-  switch (params.dtype) {
-    case DataType::kFloat64:
-      return run_forward<double, double>(params, parallel_for);
-    case DataType::kFloat32:
-      return run_forward<float, float>(params, parallel_for);
-    case DataType::kBFloat16:
-      return has_fast_bfloat16_gemm() ? run_forward<BFloat16, BFloat16>(params, parallel_for)
-                                      : run_forward<BFloat16, float>(params, parallel_for);
-    case DataType::kFloat16:
-      return run_forward<Float16, float>(params, parallel_for);
-  }
+  with_element_types(params.dtype, [&]<class Storage, class Operand> {
+    run_forward<Storage, Operand>(params, nullptr, parallel_for);
+  });
+}
+
+void select_merge_forward(const SelectMergeParams& params, ParallelFor parallel_for) {
+  const ForwardParams forward = group_attention(params);
+  with_element_types(params.dtype, [&]<class Storage, class Operand> {
+    run_forward<Storage, Operand>(forward, &params.regions, parallel_for);
+  });
 }
 
 }  // namespace chunkattn::cpu

@@ -22,10 +22,12 @@ class ForwardTile {
   static constexpr int kKeys = 192;
   static constexpr int kStride = kKeys + kRowMultiple;
 
-  // For tiles of at most `queries` queries.
-  ForwardTile(const ForwardParams& params, const KeysAndValues<Storage, Operand>& keys_and_values, int queries)
+  // For tiles of at most `queries` queries. regions: see TileSegments.
+  ForwardTile(const ForwardParams& params, const RegionLists* regions,
+              const KeysAndValues<Storage, Operand>& keys_and_values, int queries)
       : params_(params),
         keys_and_values_(keys_and_values),
+        segments_(params, regions),
         head_dim_(params.shape.head_dim),
         queries_(queries * head_dim_),
         key_block_(kKeys * head_dim_),
@@ -45,15 +47,13 @@ class ForwardTile {
     std::fill_n(shift_.data(), rows(), -std::numeric_limits<Accum>::infinity());
     std::fill_n(sum_.data(), rows(), Accum(0));
     bool first = true;
-    const SegmentList segments = params_.geometry.segments(tile);
-    for (int i = 0; i < segments.count; ++i) {
-      const Segment& segment = segments.items[i];
+    segments_.for_each(batch, head, tile, {0, params_.shape.seqlen_k}, [&](const KeySegment& segment) {
       load_queries<Storage>(params_, batch, head, tile, segment.regime, queries_.data());
-      for_each_block(segment, tile, kKeys, [&](const LogitBlock& block) {
-        attend(block, first);
+      for_each_block<kKeys>(segment, tile, [&](const LogitBlock& block, std::span<const KeyRange> ranges) {
+        attend(block, ranges, first);
         first = false;
       });
-    }
+    });
   }
 
   void write_out() const {
@@ -74,22 +74,22 @@ class ForwardTile {
   Accum lse_log2(int row) const { return shift_.data()[row] + std::log2(sum_.data()[row]); }
 
  private:
-  void attend(const LogitBlock& block, bool first) {
+  void attend(const LogitBlock& block, std::span<const KeyRange> ranges, bool first) {
     const int kv_head = head_ / (params_.shape.heads / params_.shape.kv_heads);
     const auto& [keys, values] = keys_and_values_;
-    const Operand* const k = keys.block(batch_, kv_head, block.first_key, block.keys, key_block_.data());
-    const Operand* const v = values.block(batch_, kv_head, block.first_key, block.keys, value_block_.data());
+    const Rows<const Operand> k = keys.block(batch_, kv_head, ranges, key_block_.data());
+    const Rows<const Operand> v = values.block(batch_, kv_head, ranges, value_block_.data());
     const int offset = block.first_row * head_dim_;
     Accum* const out = out_.data() + offset;
     const SoftmaxState<Accum> state = {shift_.data() + block.first_row, sum_.data() + block.first_row};
-    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries_.data() + offset, head_dim_, k,
-         keys.ld(), false, logits_.data(), kStride);
+    gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries_.data() + offset, head_dim_,
+         k.data, static_cast<int>(k.stride), false, logits_.data(), kStride);
     vectorized(CHUNKATTN_LOOPS(bytes) {
       update_softmax<Simd<Accum, bytes>>(block, logits_.data(), probabilities(), kStride, scale_, state, first, out,
                                          head_dim_);
     });
-    gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, probabilities(), kStride, v, values.ld(),
-         !first, out, head_dim_);
+    gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, probabilities(), kStride, v.data,
+         static_cast<int>(v.stride), !first, out, head_dim_);
   }
 
   Operand* probabilities() const {
@@ -102,6 +102,7 @@ class ForwardTile {
 
   const ForwardParams& params_;
   const KeysAndValues<Storage, Operand>& keys_and_values_;
+  TileSegments segments_;
   const int head_dim_;
   const Buffer<Operand> queries_;                 // [queries, head_dim]
   const Buffer<Operand> key_block_;               // [kKeys, head_dim]
@@ -119,15 +120,17 @@ class ForwardTile {
 
 // Calls visit(tile, batch, head, query_tile) for every query tile of every head; `tile` has run.
 template <class Storage, class Operand, class Visit>
-void for_each_forward_tile(const ForwardParams& params, const KeysAndValues<Storage, Operand>& keys_and_values,
-                           ParallelFor parallel_for, const Visit& visit) {
+void for_each_forward_tile(const ForwardParams& params, const RegionLists* regions,
+                           const KeysAndValues<Storage, Operand>& keys_and_values, ParallelFor parallel_for,
+                           const Visit& visit) {
   using Tile = ForwardTile<Storage, Operand>;
   const int64_t batch_heads = static_cast<int64_t>(params.shape.batch) * params.shape.heads;
   const int size = choose_tile_size(params, batch_heads, parallel_for, Tile::kQueries);
   const QueryTiling tiling = tile_queries(params, size);
   const int tiles = tiling.count();
   for_each_task(parallel_for, batch_heads * tiles, [&] {
-    return [&, tile = Tile(params, keys_and_values, std::min(size, params.shape.seqlen_q))](int64_t task) mutable {
+    return [&, tile = Tile(params, regions, keys_and_values, std::min(size, params.shape.seqlen_q))](
+               int64_t task) mutable {
       const QueryTile query_tile = tiling.tile(tiles - 1 - static_cast<int>(task / batch_heads));
       const int batch = static_cast<int>(task % batch_heads / params.shape.heads);
       const int head = static_cast<int>(task % params.shape.heads);

@@ -3,11 +3,14 @@
 
 #include <algorithm>
 #include <climits>
+#include <span>
 #include <utility>
 
 #include "cpu/buffer.h"
+#include "cpu/gemm.h"
 #include "cpu/parallel.h"
 #include "cpu/rotary.h"
+#include "cpu/tiles.h"
 #include "params.h"
 
 namespace chunkattn::cpu {
@@ -39,17 +42,26 @@ class KeyOperand {
   KeyOperand(const AttentionShape& shape, Buffer<Operand> copy, const Strides& strides)
       : copy_(std::move(copy)), data_(copy_.data()), strides_(strides), head_dim_(shape.head_dim) {}
 
-  // Rows [first, first + count) of a head, ld() elements apart: in place, or copied to scratch [count, head_dim].
-  const Operand* block(int batch, int head, int first, int count, Operand* scratch) const {
-    if (!by_block_) return rows_of<Operand>(data_, strides_, batch, first, head).data;
-    convert_rows(rows_of<Storage>(data_, strides_, batch, first, head), Rows<Operand>{scratch, head_dim_}, count,
-                 head_dim_);
-    return scratch;
+  // The rows of a block of keys of a head, one range behind the other: in place, or copied to scratch [keys, head_dim].
+  Rows<const Operand> block(int batch, int head, std::span<const KeyRange> ranges, Operand* scratch) const {
+    if (by_block_) return copy_block<Storage>(batch, head, ranges, scratch);
+    if (ranges.size() > 1) return copy_block<Operand>(batch, head, ranges, scratch);
+    return rows_of<Operand>(data_, strides_, batch, ranges.front().begin, head);
   }
 
-  int ld() const { return by_block_ ? head_dim_ : static_cast<int>(strides_.seq); }
-
  private:
+  template <class Element>
+  Rows<const Operand> copy_block(int batch, int head, std::span<const KeyRange> ranges, Operand* scratch) const {
+    Operand* to = scratch;
+    for (const KeyRange& range : ranges) {
+      const int keys = range.end - range.begin;
+      convert_rows(rows_of<Element>(data_, strides_, batch, range.begin, head), Rows<Operand>{to, head_dim_}, keys,
+                   head_dim_);
+      to += static_cast<int64_t>(keys) * head_dim_;
+    }
+    return {scratch, head_dim_};
+  }
+
   Buffer<Operand> copy_;
   const void* data_;
   Strides strides_;
@@ -106,6 +118,22 @@ void load_queries(const ForwardParams& params, int batch, int head, QueryTile ti
   }
   rotate_rows(from, to, rows, head_dim, params.rotary, RotationSense::kForward,
               [&](int n) { return params.geometry.query_rotation(regime, tile.begin + n, params.q_rotated); });
+}
+
+// Calls run.operator()<Storage, Operand>() with the element types of tensors of a dtype and of their matrix products.
+template <class Run>
+void with_element_types(DataType dtype, const Run& run) {
+  switch (dtype) {
+    case DataType::kFloat64:
+      return run.template operator()<double, double>();
+    case DataType::kFloat32:
+      return run.template operator()<float, float>();
+    case DataType::kBFloat16:
+      return has_fast_bfloat16_gemm() ? run.template operator()<BFloat16, BFloat16>()
+                                      : run.template operator()<BFloat16, float>();
+    case DataType::kFloat16:
+      return run.template operator()<Float16, float>();
+  }
 }
 
 // scale and temperature of a batch row

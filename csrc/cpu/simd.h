@@ -143,6 +143,14 @@ CHUNKATTN_INLINE void convert_row(const From* from, To* to, int n, Accumulator<F
   if (i < n) store_partial<S>(to + i, load_partial<S>(from + i, n - i) * factor, n - i);
 }
 
+// to[i] += from[i]
+template <class S, class From, class To>
+CHUNKATTN_INLINE void add_row(const From* from, To* to, int n) {
+  int i = 0;
+  for (; i + S::kLanes <= n; i += S::kLanes) store<S>(to + i, load<S>(to + i) + load<S>(from + i));
+  if (i < n) store_partial<S>(to + i, load_partial<S>(to + i, n - i) + load_partial<S>(from + i, n - i), n - i);
+}
+
 // Combines all lanes of a vector, by halves.
 template <class S, class Combine>
 CHUNKATTN_INLINE auto reduce_lanes(const typename S::Vector& values, const Combine& combine) {

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <span>
+#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -24,29 +27,117 @@ inline int choose_tile_size(const ForwardParams& params, int64_t heads, Parallel
   return size;
 }
 
+// Keys [begin, end).
+struct KeyRange {
+  int begin;
+  int end;
+};
+
+// Keys that a query tile attends to with one rotation of its queries. Masked ones are one range.
+struct KeySegment {
+  Regime regime;
+  Mask mask;
+  std::span<const KeyRange> ranges;
+};
+
+// The key segments of query tiles. `regions`: what a tile attends to beside its own chunk; null: all earlier chunks.
+class TileSegments {
+ public:
+  TileSegments(const ForwardParams& params, const RegionLists* regions) : params_(params), regions_(regions) {}
+
+  // Calls visit(segment) for the segments of a tile, restricted to the keys of `within`, nearest first. Those left
+  // without keys are skipped.
+  template <class Visit>
+  void for_each(int batch, int head, QueryTile tile, KeyRange within, const Visit& visit) {
+    const SegmentList segments = params_.geometry.segments(tile);
+    const int count = regions_ == nullptr ? segments.count : 1;
+    for (int i = 0; i < count; ++i) {
+      const Segment& segment = segments.items[i];
+      const KeyRange range = intersect({segment.key_begin, segment.key_end}, within);
+      if (range.begin < range.end) visit(KeySegment{segment.regime, segment.mask, {&range, 1}});
+    }
+    if (regions_ == nullptr) return;
+    find_regions(batch, head, regions_->geometry.group(tile.begin), within);
+    if (!ranges_.empty()) visit(KeySegment{Regime::kIntra, Mask::kNone, ranges_});
+  }
+
+ private:
+  static KeyRange intersect(KeyRange a, KeyRange b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
+
+  // The keys of a group's regions, neighbours joined.
+  void find_regions(int batch, int head, int group, KeyRange within) {
+    const RegionGeometry& geometry = regions_->geometry;
+    const int index_head = head / (params_.shape.heads / regions_->index_heads);
+    const int64_t list =
+        (static_cast<int64_t>(batch) * regions_->index_heads + index_head) * geometry.groups(params_.shape.seqlen_k) +
+        group;
+    const int* const indices = regions_->indices + list * regions_->capacity;
+    ranges_.clear();
+    for (int i = 0; i < regions_->capacity; ++i) {
+      if (!geometry.may_attend(group, indices[i])) continue;
+      const int begin = indices[i] * geometry.region_size;
+      const KeyRange range = intersect({begin, begin + geometry.region_size}, within);
+      if (range.begin >= range.end) continue;
+      if (!ranges_.empty() && ranges_.back().end == range.begin) {
+        ranges_.back().end = range.end;
+      } else {
+        ranges_.push_back(range);
+      }
+    }
+  }
+
+  const ForwardParams& params_;
+  const RegionLists* regions_;
+  std::vector<KeyRange> ranges_;
+};
+
 // Some rows of a tile against some keys. Row n of the block sees the first `visible(n)` keys.
 struct LogitBlock {
   int first_row;  // in the tile; those before it see no key of the block
   int rows;
-  int first_key;
   int keys;
   bool on_diagonal;  // row n sees one key more than row n - 1, and row 0 sees one
 
   CHUNKATTN_INLINE int visible(int row) const { return on_diagonal ? std::min(row + 1, keys) : keys; }
 };
 
-// Calls visit(block) for the blocks of at most max_keys keys of a segment, in ascending order of keys.
-template <class Visit>
-void for_each_block(const Segment& segment, QueryTile tile, int max_keys, const Visit& visit) {
-  const bool causal = segment.mask == Mask::kCausal;
-  for (int key = segment.key_begin; key < segment.key_end;) {
-    // A block ends where the diagonal enters the tile, so that those after it can leave out rows.
-    const bool on_diagonal = causal && key >= tile.begin;
-    const int end = causal && !on_diagonal ? std::min(tile.begin, segment.key_end) : segment.key_end;
-    const int keys = std::min(max_keys, end - key);
-    const int first_row = on_diagonal ? key - tile.begin : 0;
-    visit(LogitBlock{first_row, tile.end - tile.begin - first_row, key, keys, on_diagonal});
-    key += keys;
+// Calls visit(block, ranges) for blocks of at most max_keys keys that all rows of the tile see, together all of
+// `ranges`.
+template <int max_keys, class Visit>
+void for_each_unmasked_block(std::span<const KeyRange> ranges, int rows, const Visit& visit) {
+  std::array<KeyRange, max_keys> taken;
+  int count = 0;
+  int keys = 0;
+  const auto finish_block = [&] {
+    if (keys > 0) visit(LogitBlock{0, rows, keys, false}, std::span<const KeyRange>(taken.data(), count));
+    count = keys = 0;
+  };
+  for (KeyRange range : ranges) {
+    while (range.begin < range.end) {
+      const int end = std::min(range.end, range.begin + (max_keys - keys));
+      taken[count++] = {range.begin, end};
+      keys += end - range.begin;
+      range.begin = end;
+      if (keys == max_keys) finish_block();
+    }
+  }
+  finish_block();
+}
+
+// Calls visit(block, ranges) for the blocks of at most max_keys keys of a segment, in its order.
+template <int max_keys, class Visit>
+void for_each_block(const KeySegment& segment, QueryTile tile, const Visit& visit) {
+  const int rows = tile.end - tile.begin;
+  if (segment.mask == Mask::kNone) return for_each_unmasked_block<max_keys>(segment.ranges, rows, visit);
+  // A block ends where the diagonal enters the tile, so that those after it can leave out rows.
+  const KeyRange range = segment.ranges.front();
+  const KeyRange before = {range.begin, std::min(range.end, tile.begin)};
+  for_each_unmasked_block<max_keys>({&before, 1}, rows, visit);
+  for (int key = std::max(range.begin, tile.begin); key < range.end;) {
+    const KeyRange keys = {key, std::min(range.end, key + max_keys)};
+    const int first_row = key - tile.begin;
+    visit(LogitBlock{first_row, rows - first_row, keys.end - key, true}, std::span<const KeyRange>(&keys, 1));
+    key = keys.end;
   }
 }
 

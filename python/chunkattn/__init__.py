@@ -1,8 +1,8 @@
-"""Dual Chunk Attention on CPUs and GPUs."""
+"""Long-context attention on CPUs and GPUs: Dual Chunk Attention, and select-and-merge attention."""
 
 from chunkattn import _core, _ops, _registration, reference
 from chunkattn._temperature import temperature
-from chunkattn.functional import dca
+from chunkattn.functional import dca, select, select_merge
 from chunkattn.rotary import CRDNTK, dynamic_ntk_base, ntk_base, rope_rows, rope_table
 
 __version__ = _core.build_info()["version"]
@@ -15,5 +15,7 @@ __all__ = [
     "reference",
     "rope_rows",
     "rope_table",
+    "select",
+    "select_merge",
     "temperature",
 ]

@@ -48,6 +48,11 @@ def _dca_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _readable(dout: Tensor) -> Tensor:
+    """Gradients may be expanded, as by sum(): kernels read contiguous rows."""
+    return dout if dout.stride(-1) == 1 else dout.contiguous()
+
+
 def _dca_setup_context(ctx, inputs, output) -> None:
     q, k, v, cos, sin, chunk_size, local_size, scale, temperature, *flags = inputs
     # chunkattn.dca has asked before the launch; this is for direct calls of the operator.
@@ -65,29 +70,74 @@ def _dca_backward(ctx, dout, _):
         return (None,) * len(ctx.needs_input_grad)
     *tensors, temperature = ctx.saved_tensors
     sizes, flags = ctx.options
-    if dout.stride(-1) != 1:  # expanded, as by sum()
-        dout = dout.contiguous()
-    grads = torch.ops.chunkattn.dca_backward(dout, *tensors, *sizes, temperature, *flags)
+    grads = torch.ops.chunkattn.dca_backward(_readable(dout), *tensors, *sizes, temperature, *flags)
     return *grads, *(None for _ in ctx.needs_input_grad[3:])
 
 
-def _dca_double_backward(ctx, *grads):
-    raise NotImplementedError("chunkattn: dca has no second derivative; call backward without create_graph=True")
+@register_fake("chunkattn::select")
+def _select_fake(q, k, region_size, top_k, merge, eligibility="group", selection="lookahead", heads="kv"):
+    _check_devices(q, k=k)
+    # Sizes below 1 are for the kernels to refuse.
+    groups = -(-q.shape[1] // max(1, region_size * merge))
+    index_heads = q.shape[2] if heads == "q" else k.shape[2]
+    return q.new_empty((q.shape[0], index_heads, groups, top_k), dtype=torch.int32)
+
+
+@register_fake("chunkattn::select_merge")
+def _select_merge_fake(q, k, v, indices, region_size, merge, scale=None, deterministic=False):
+    _check_devices(q, k=k, v=v, indices=indices)
+    batch, seqlen, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seqlen), dtype=torch.float32)
+
+
+@register_fake("chunkattn::select_merge_backward")
+def _select_merge_backward_fake(
+    dout, q, k, v, out, softmax_lse, indices, region_size, merge, scale=None, deterministic=False
+):
+    _check_devices(q, dout=dout, k=k, v=v, out=out, softmax_lse=softmax_lse, indices=indices)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _select_merge_setup_context(ctx, inputs, output) -> None:
+    q, k, v, indices, *ctx.options = inputs
+    out, softmax_lse = output
+    ctx.mark_non_differentiable(softmax_lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, softmax_lse, indices)
+
+
+def _select_merge_backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * len(ctx.needs_input_grad)
+    grads = torch.ops.chunkattn.select_merge_backward(_readable(dout), *ctx.saved_tensors, *ctx.options)
+    return *grads, *(None for _ in ctx.needs_input_grad[3:])
+
+
+def _refuse_double_backward(operator: str):
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"chunkattn: {operator} has no second derivative; call backward without create_graph=True"
+        )
+
+    return backward
 
 
 register_autograd("chunkattn::dca", _dca_backward, setup_context=_dca_setup_context)
-register_autograd("chunkattn::dca_backward", _dca_double_backward)
+register_autograd("chunkattn::dca_backward", _refuse_double_backward("dca"))
+register_autograd("chunkattn::select_merge", _select_merge_backward, setup_context=_select_merge_setup_context)
+register_autograd("chunkattn::select_merge_backward", _refuse_double_backward("select_merge"))
 
 
-def _autocast(device_type: str):
-    """q, k and v in the dtype of autocast; the table and the temperature stay float32."""
+def _autocast(operator: str, count: int, device_type: str):
+    """The first `count` arguments, tensors, in the dtype of autocast; the others as they are."""
 
-    def dca(q, k, v, *rest):
+    def call(*arguments):
         dtype = torch.get_autocast_dtype(device_type)
+        tensors = (_cast(tensor, device_type, dtype) for tensor in arguments[:count])
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.chunkattn.dca(*(_cast(tensor, device_type, dtype) for tensor in (q, k, v)), *rest)
+            return getattr(torch.ops.chunkattn, operator)(*tensors, *arguments[count:])
 
-    return dca
+    return call
 
 
 def _cast(tensor: Tensor, device_type: str, dtype: torch.dtype) -> Tensor:
@@ -96,5 +146,7 @@ def _cast(tensor: Tensor, device_type: str, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if eligible else tensor
 
 
-_library.impl("dca", _autocast("cpu"), "AutocastCPU")
-_library.impl("dca", _autocast("cuda"), "AutocastCUDA")
+# Of dca the table and the temperature stay float32.
+for _operator, _count in (("dca", 3), ("select", 2), ("select_merge", 3)):
+    _library.impl(_operator, _autocast(_operator, _count, "cpu"), "AutocastCPU")
+    _library.impl(_operator, _autocast(_operator, _count, "cuda"), "AutocastCUDA")

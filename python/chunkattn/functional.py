@@ -5,10 +5,28 @@ import math
 import torch
 from torch import Tensor
 
-from chunkattn import _core
 from chunkattn._registration import check_gradients
 
-_HAS_CUDA_KERNELS = _core.build_info()["cuda"] is not None
+_CUDA_OPERATORS = tuple(
+    name
+    for name in ("dca", "select", "select_merge")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"chunkattn::{name}", "CUDA")
+)
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"chunkattn: {name} must be a tensor, got {type(tensor).__name__}")
+
+
+def _check_kernels(operator: str, q: Tensor) -> None:
+    if q.is_cuda and operator not in _CUDA_OPERATORS:
+        remedy = "" if _CUDA_OPERATORS else "; build it again with nvcc"
+        raise NotImplementedError(
+            f"chunkattn: q is on {q.device}, but this build of chunkattn has kernels of {operator} for the CPU only"
+            f"{remedy}"
+        )
 
 
 def dca(
@@ -65,9 +83,7 @@ def dca(
         NotImplementedError: this build has no kernels for the device, or a gradient is asked for that does not exist.
     """
     tensors = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"chunkattn: {name} must be a tensor, got {type(tensor).__name__}")
+    _check_tensors(**tensors)
     if isinstance(temperature, Tensor):
         tensors["temperature"] = temperature
     elif temperature is not None:
@@ -76,11 +92,7 @@ def dca(
         if scale is None:
             scale = 1 / math.sqrt(max(1, q.shape[-1]))
         scale, temperature = scale * temperature, None
-    if q.is_cuda and not _HAS_CUDA_KERNELS:
-        raise NotImplementedError(
-            f"chunkattn: q is on {q.device}, but this build of chunkattn has kernels for the CPU only; build it again "
-            "with nvcc"
-        )
+    _check_kernels("dca", q)
     if torch.is_grad_enabled():
         check_gradients(name for name, tensor in tensors.items() if tensor.requires_grad)
     if deterministic is None:
@@ -89,3 +101,153 @@ def dca(
         q, k, v, cos, sin, chunk_size, local_size, scale, temperature, interleaved, q_rotated, k_rotated, deterministic
     )
     return (out, lse) if return_lse else out
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    *,
+    region_size: int = 16,
+    top_k: int = 384,
+    merge: int = 128,
+    eligibility: str = "group",
+    selection: str = "lookahead",
+    heads: str = "kv",
+) -> Tensor:
+    """The regions each group of queries attends to besides its own (arXiv 2410.04211, correlation-aware selection and
+    merge).
+
+    Regions are region_size neighbouring tokens and groups merge neighbouring regions, both aligned at token 0; the last
+    of each may be partial. A region's semantic token is the mean of its rows over the tokens that exist; the score of a
+    query region and a key region is the dot product of theirs. Both are computed in float32, or in float64 for float64
+    inputs. Each voting row (query region) of a group lists its top_k best eligible key regions, best first, ties to the
+    lowest index. The lists are read rank by rank and within a rank row by row, and a region is kept when first seen,
+    until there are top_k. The work is quadratic in the number of regions, the memory linear.
+
+    Args:
+        q: [B, N, Hq, D].
+        k: [B, N, Hkv, D], Hq a multiple of Hkv. q and k share a dtype (CPU: float64, float32, bfloat16 or float16) and
+            a device. Their last dimension is contiguous, other strides are free. Under autocast they are cast to its
+            dtype.
+        region_size: tokens in a region.
+        top_k: regions a row lists, and regions a group keeps.
+        merge: query regions in a group.
+        eligibility: which regions a row may list. With g0 the first region of the group the list is for, "group": those
+            before g0; "row" (the paper's code): row r = 0, 1, ... of those that vote may list regions up to
+            g0 + r - merge, itself included; so a partial group, which lacks rows, does not reach its newest regions.
+        selection: which rows vote. "lookahead" (the paper): the group's own regions, so that the choice depends on
+            later queries of the group; "causal": the regions of the group before.
+        heads: "kv": one selection per KV head, scores summed over the query heads that share it; "q" (the paper's
+            code): one per query head.
+
+    Returns:
+        int32 [B, Hkv, groups, top_k], or [B, Hq, groups, top_k] with heads="q", with
+        groups = ceil(N / (region_size * merge)): region ids, ascending, then -1 where fewer are eligible. Not
+        differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is listed above.
+        NotImplementedError: this build has no kernels for the device.
+    """
+    _check_tensors(q=q, k=k)
+    _check_kernels("select", q)
+    with torch.no_grad():
+        return torch.ops.chunkattn.select(q, k, region_size, top_k, merge, eligibility, selection, heads)
+
+
+def select_merge(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    region_size: int = 16,
+    top_k: int = 384,
+    merge: int = 128,
+    eligibility: str = "group",
+    selection: str = "lookahead",
+    heads: str = "kv",
+    indices: Tensor | None = None,
+    select_q: Tensor | None = None,
+    select_k: Tensor | None = None,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Select-and-merge attention (arXiv 2410.04211): dense within a group of queries, selected regions before it.
+
+    All queries of a group attend to all tokens of its selected regions and causally to the tokens of the group itself,
+    under one softmax: a token costs at most (top_k + merge) * region_size keys, however long the sequence is. The first
+    top_k + merge regions of a sequence are dense causal attention, unless eligibility is "row". Gradients flow to q, k
+    and v through the attention, none through the selection.
+
+    Args:
+        q: [B, N, Hq, D], rotated by the caller.
+        k, v: [B, N, Hkv, D], Hq a multiple of Hkv. q, k and v share a dtype (CPU: float64, float32, bfloat16 or
+            float16) and a device. Their last dimension is contiguous, other strides are free. Under autocast they are
+            cast to its dtype.
+        region_size, top_k, merge, eligibility, selection, heads: see :func:`select`.
+        indices: int32 [B, Hkv, groups, C], or [B, Hq, groups, C] with heads="q", the regions to attend to, for any
+            C >= 0 and in any order. They replace the selection: top_k, eligibility, selection, select_q and select_k
+            then have no effect. An id outside 0 .. g0 - 1, with g0 the first region of its group, is ignored (with
+            CHUNKATTN_DEBUG=1 in the environment, ids other than -1 that would be are refused); one that is listed
+            twice counts twice.
+        select_q, select_k: in the shapes of q and k, the rows to select on instead of q and k: the unrotated ones for
+            selection without positions.
+        scale: factor of the logits, default 1 / sqrt(D).
+        deterministic: as in :func:`dca`.
+        return_lse: also return the log-sum-exp of the logits.
+        return_indices: also return the region ids, as :func:`select` does, or indices where given.
+
+    Returns:
+        out [B, N, Hq, D], contiguous, in the dtype of q. Then with return_lse the log-sum-exp, float32 [B, Hq, N],
+        natural logarithm, not differentiable, then with return_indices the region ids.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is listed above.
+        NotImplementedError: this build has no kernels for the device.
+    """
+    _check_tensors(q=q, k=k, v=v)
+    _check_kernels("select_merge", q)
+    if indices is None:
+        indices = select(
+            _selection_rows("select_q", select_q, "q", q),
+            _selection_rows("select_k", select_k, "k", k),
+            region_size=region_size, top_k=top_k, merge=merge,
+            eligibility=eligibility, selection=selection, heads=heads,
+        )  # fmt: skip
+    else:
+        _check_tensors(indices=indices)
+        _check_index_heads(indices, heads, q, k)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    out, lse = torch.ops.chunkattn.select_merge(q, k, v, indices.contiguous(), region_size, merge, scale, deterministic)
+    result = (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
+    return result if len(result) > 1 else out
+
+
+def _selection_rows(name: str, rows: Tensor | None, like_name: str, like: Tensor) -> Tensor:
+    """The rows to select on: those given, which must be like the ones they replace, or these."""
+    if rows is None:
+        return like
+    _check_tensors(**{name: rows})
+    if rows.shape != like.shape:
+        shapes = f"{list(like.shape)}, got {list(rows.shape)}"
+        raise ValueError(f"chunkattn: {name} must have the shape of {like_name}, {shapes}")
+    for what in ("dtype", "device"):
+        ours, theirs = getattr(rows, what), getattr(like, what)
+        if ours != theirs:
+            raise ValueError(f"chunkattn: {name} must have the {what} of {like_name}, {theirs}, got {ours}")
+    return rows
+
+
+def _check_index_heads(indices: Tensor, heads: str, q: Tensor, k: Tensor) -> None:
+    """The operator tells the two modes apart by the shape of indices: it must be the one that was asked for."""
+    if heads not in ("kv", "q"):
+        raise ValueError(f"chunkattn: heads must be 'kv' or 'q', got {heads!r}")
+    name, like = ("k", k) if heads == "kv" else ("q", q)
+    if indices.dim() == like.dim() == 4 and indices.shape[1] != like.shape[2]:
+        raise ValueError(
+            f"chunkattn: indices must have a list for each head of {name}, {like.shape[2]}, with heads={heads!r}, "
+            f"got shape {list(indices.shape)}"
+        )

@@ -28,35 +28,12 @@ def select(
     selection: str = "lookahead",
     heads: str = "kv",
 ) -> Tensor:
-    """The regions each group of queries attends to besides its own (arXiv 2410.04211, correlation-aware selection and
-    merge).
+    """The regions each group of queries attends to besides its own, with the arguments of :func:`chunkattn.select`.
 
-    A region's semantic token is the mean of its rows over the tokens that exist; the score of a query region and a key
-    region is the dot product of theirs. Both are computed in float32, or in float64 for float64 inputs. Each voting row
-    (query region) of a group lists its top_k best eligible key regions, best first, ties to the lowest index. The lists
-    are read rank by rank and within a rank row by row, and a region is kept when first seen, until there are top_k.
-
-    Args:
-        q: [B, N, Hq, D], any floating dtype.
-        k: [B, N, Hkv, D], dtype and device of q, Hq a multiple of Hkv.
-        region_size: tokens in a region.
-        top_k: regions a row lists, and regions a group keeps.
-        merge: query regions in a group.
-        eligibility: which regions a row may list. With g0 the first region of the group the list is for, "group": those
-            before g0; "row" (the paper's code): row r = 0, 1, ... of those that vote may list regions up to
-            g0 + r - merge, itself included; so a partial group, which lacks rows, does not reach its newest regions.
-        selection: which rows vote. "lookahead" (the paper): the group's own regions, so that the choice depends on
-            later queries of the group; "causal": the regions of the group before.
-        heads: "kv": one selection per KV head, scores summed over the query heads that share it; "q" (the paper's
-            code): one per query head.
+    Means and scores are computed in float32, or in float64 for float64 inputs. q and k may have any floating dtype.
 
     Returns:
-        int32 [B, Hkv, groups, top_k], or [B, Hq, groups, top_k] with heads="q", with
-        groups = ceil(N / (region_size * merge)): region ids, ascending, then -1 where fewer are eligible. Not
-        differentiable.
-
-    Raises:
-        TypeError, ValueError: an argument is not what is listed above.
+        int32 [B, Hkv, groups, top_k], or [B, Hq, groups, top_k] with heads="q".
     """
     _check_modes(region_size, top_k, merge, eligibility=eligibility, selection=selection, heads=heads)
     _check_queries_and_keys(q=q, k=k)
@@ -92,35 +69,18 @@ def select_merge(
     select_q: Tensor | None = None,
     select_k: Tensor | None = None,
     scale: float | None = None,
+    deterministic: bool | None = None,
     return_lse: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Select-and-merge attention (arXiv 2410.04211): dense within a group of queries, selected regions before it.
+    """Select-and-merge attention with the arguments of :func:`chunkattn.select_merge`, computed in the dtype of q.
 
-    All queries of a group attend to all tokens of its selected regions and causally to the tokens of the group itself,
-    under one softmax. Computed in the dtype of q. Gradients flow to q, k and v through the attention, none through the
-    selection.
-
-    Args:
-        q: [B, N, Hq, D], rotated by the caller, any floating dtype.
-        k, v: [B, N, Hkv, D], dtype and device of q, Hq a multiple of Hkv.
-        region_size, top_k, merge, eligibility, selection, heads: see :func:`select`.
-        indices: int32 [B, Hkv, groups, C], or [B, Hq, groups, C] with heads="q", the regions to attend to, for any
-            C >= 0 and in any order. They replace the selection: top_k, eligibility, selection, select_q and select_k
-            then have no effect. An id outside 0 .. g0 - 1, with g0 the first region of its group, is ignored; one that
-            is listed twice counts twice.
-        select_q, select_k: in the shapes of q and k, the rows to select on instead of q and k: the unrotated ones for
-            selection without positions.
-        scale: factor of the logits, default 1 / sqrt(D).
-        return_lse: also return the log-sum-exp of the logits.
-        return_indices: also return the region ids, as :func:`select` does, or indices where given.
+    q, k and v may have any floating dtype. Whether gradients repeat bit by bit is up to torch: ``deterministic`` has no
+    effect.
 
     Returns:
-        out [B, N, Hq, D] in the dtype of q. Then with return_lse the natural log-sum-exp of the logits [B, Hq, N] in
-        float32 (float64 for float64 inputs), then with return_indices the region ids.
-
-    Raises:
-        TypeError, ValueError: an argument is not what is listed above.
+        out [B, N, Hq, D] in the dtype of q. Then with return_lse the log-sum-exp of the logits [B, Hq, N] in float32
+        (float64 for float64 inputs), then with return_indices the region ids.
     """
     _check_modes(region_size, top_k, merge, eligibility=eligibility, selection=selection, heads=heads)
     _check_queries_and_keys(q=q, k=k)

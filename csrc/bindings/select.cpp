@@ -1,0 +1,33 @@
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+
+#include "../kernels.h"
+#include "checks.h"
+#include "ops.h"
+#include "runtime.h"
+
+namespace chunkattn::bindings {
+
+namespace {
+
+Tensor new_indices(const SelectArguments& arguments) {
+  const RegionGeometry geometry = region_geometry(arguments.region_size, arguments.merge);
+  const int64_t groups = geometry.groups(static_cast<int>(arguments.q.size(1)));
+  const int64_t index_heads = arguments.heads == "q" ? arguments.q.size(2) : arguments.k.size(2);
+  const std::array<int64_t, 4> shape{arguments.q.size(0), index_heads, groups, arguments.top_k};
+  return torch::stable::new_empty(arguments.q, {shape.data(), shape.size()}, torch::headeronly::ScalarType::Int);
+}
+
+}  // namespace
+
+Tensor select_cpu(Tensor q, Tensor k, int64_t region_size, int64_t top_k, int64_t merge, std::string eligibility,
+                  std::string selection, std::string heads) {
+  const SelectArguments arguments{q, k, region_size, top_k, merge, eligibility, selection, heads};
+  check_select(arguments);
+  Tensor indices = new_indices(arguments);
+  if (indices.numel() > 0) cpu::select(select_params(arguments, indices), parallel_for);
+  return indices;
+}
+
+}  // namespace chunkattn::bindings

@@ -1,0 +1,37 @@
+#include "../kernels.h"
+#include "checks.h"
+#include "ops.h"
+#include "results.h"
+#include "runtime.h"
+
+namespace chunkattn::bindings {
+
+std::tuple<Tensor, Tensor> select_merge_cpu(Tensor q, Tensor k, Tensor v, Tensor indices, int64_t region_size,
+                                            int64_t merge, std::optional<double> scale, bool /*deterministic*/) {
+  const SelectMergeArguments arguments{q, k, v, indices, region_size, merge, scale};
+  check_select_merge(arguments);
+  Tensor out = new_contiguous(q);
+  Tensor softmax_lse = new_softmax_lse(q);
+  if (out.numel() > 0) {
+    cpu::select_merge_forward(select_merge_params(arguments, out, softmax_lse), parallel_for);
+  }
+  return {out, softmax_lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                             Tensor softmax_lse, Tensor indices, int64_t region_size,
+                                                             int64_t merge, std::optional<double> scale,
+                                                             bool /*deterministic*/) {
+  const SelectMergeArguments arguments{q, k, v, indices, region_size, merge, scale};
+  check_select_merge_backward(arguments, dout, out, softmax_lse);
+  const Gradients gradients = new_gradients(q, k, v);
+  if (!gradients.empty) {
+    SelectMergeBackwardParams params{};
+    params.forward = select_merge_params(arguments, out, softmax_lse);
+    set_gradients(params, dout, gradients);
+    cpu::select_merge_backward(params, parallel_for);
+  }
+  return gradients.as_tuple();
+}
+
+}  // namespace chunkattn::bindings
