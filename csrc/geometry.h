@@ -180,27 +180,45 @@ struct QueryTiling {
   }
 };
 
-// Only queries near the begin of a chunk have a succ row of their own. Tensors with a row for each of these, chunk
-// after chunk, are indexed by this rule: the tiles (QueryTiling) whose regime is succ begin in the first local_size
-// queries of a chunk, so they reach less than a tile further. Chunk 0 has no chunk before it, and no rows.
-struct NearRows {
+// Tensors that keep the regimes apart have, for each, rows for those queries that can be in it and no others: all for
+// intra; for succ those near the begin of a chunk, chunk after chunk; for inter those from the first on that has keys
+// so far away. Tiles (QueryTiling) whose regime is succ begin in the first local_size queries of a chunk, so they reach
+// less than a tile further. Chunk 0 has no chunk before it, and neither succ nor inter rows.
+struct RegimeRows {
   ChunkGeometry geometry;
-  int first_chunk;  // the first that has rows
-  int per_chunk;    // rows of each chunk
+  int first_query;       // position
+  int first_near_chunk;  // the first that has succ rows
+  int near_per_chunk;    // succ rows of each chunk
+  int first_far;         // position of the first query that has an inter row
 
-  CHUNKATTN_HOST_DEVICE int row(int position) const {
-    return (position / geometry.stride() - first_chunk) * per_chunk + position % geometry.stride();
+  CHUNKATTN_HOST_DEVICE int row(Regime regime, int position) const {
+    if (regime == Regime::kIntra) return position - first_query;
+    if (regime == Regime::kInter) return position - first_far;
+    return (position / geometry.stride() - first_near_chunk) * near_per_chunk + position % geometry.stride();
   }
-  CHUNKATTN_HOST_DEVICE bool has_row(int position) const {
-    return position >= geometry.stride() && position % geometry.stride() < per_chunk;
+
+  CHUNKATTN_HOST_DEVICE bool has_row(Regime regime, int position) const {
+    if (regime == Regime::kIntra) return true;
+    if (regime == Regime::kInter) return position >= first_far;
+    return position >= geometry.stride() && position % geometry.stride() < near_per_chunk;
+  }
+
+  // How many rows there are for queries before position `end`, which is not 0.
+  CHUNKATTN_HOST_DEVICE int count(Regime regime, int end) const {
+    if (regime == Regime::kIntra) return end - first_query;
+    if (regime == Regime::kInter) return end > first_far ? end - first_far : 0;
+    return ((end - 1) / geometry.stride() + 1 - first_near_chunk) * near_per_chunk;
   }
 };
 
-CHUNKATTN_HOST_DEVICE NearRows near_rows(const ChunkGeometry& geometry, int first_position, int tile_size) {
+CHUNKATTN_HOST_DEVICE RegimeRows regime_rows(const ChunkGeometry& geometry, int first_query, int tile_size) {
   const int64_t reach = static_cast<int64_t>(geometry.local_size) + tile_size - 1;
-  const int per_chunk = reach < geometry.stride() ? static_cast<int>(reach) : geometry.stride();
-  const int first_chunk = first_position / geometry.stride();
-  return {geometry, first_chunk > 0 ? first_chunk : 1, per_chunk};
+  const int near_per_chunk = reach < geometry.stride() ? static_cast<int>(reach) : geometry.stride();
+  const int first_chunk = first_query / geometry.stride();
+  // In chunk 1 the succ row is the position itself; where it meets the inter row the two are one range of keys.
+  const int first_far = geometry.query_row_in_chunk(Regime::kInter, 0);
+  return {geometry, first_query, first_chunk > 0 ? first_chunk : 1, near_per_chunk,
+          first_query > first_far ? first_query : first_far};
 }
 
 }  // namespace chunkattn

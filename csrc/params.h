@@ -76,14 +76,14 @@ struct RegimeQueries {
   const void* q;  // [batch, rows, heads, head_dim], rotated by ChunkGeometry::query_row
   Strides q_strides;
   float* dq;  // [batch, heads, rows, head_dim], contiguous; starts at zero
-  int rows;   // seqlen_q, or for succ those of NearRows; none where all keys lie in one chunk
+  int rows;   // of RegimeRows
 };
 
 // What the CUDA backward kernels use beside BackwardParams.
 struct BackwardWorkspace {
-  RegimeQueries regimes[3];  // by Regime; intra and inter rows are indexed by query, succ rows by NearRows
-  NearRows near_rows;
-  float* delta;         // [batch, heads, seqlen_q]: rowsum(dout * out)
+  RegimeQueries regimes[3];  // by Regime
+  RegimeRows rows;           // of their tensors
+  float* delta;              // [batch, heads, seqlen_q]: rowsum(dout * out)
   int* turns;           // [batch * heads, query tiles], zeros: whose turn it is to add to dq; null when order is free
   size_t zeroed_bytes;  // of all dq, turns and the succ queries, which lie one behind the other
   bool dk_rotated;      // dk is wanted with respect to rotated keys: they arrived so

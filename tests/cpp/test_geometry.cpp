@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <climits>
 #include <cstdint>
+#include <set>
+#include <utility>
 
 #include "check.h"
 #include "geometry.h"
@@ -10,11 +12,11 @@ namespace {
 
 using chunkattn::ChunkGeometry;
 using chunkattn::Mask;
-using chunkattn::near_rows;
-using chunkattn::NearRows;
 using chunkattn::QueryTile;
 using chunkattn::QueryTiling;
 using chunkattn::Regime;
+using chunkattn::regime_rows;
+using chunkattn::RegimeRows;
 using chunkattn::Segment;
 using chunkattn::SegmentList;
 
@@ -108,23 +110,37 @@ void test_segments(const ChunkGeometry& g, QueryTile tile) {
   test_tile_regimes(g, tile, list);
 }
 
-// The queries of tiles in the succ regime have rows, in their order; queries of other chunks have other rows.
-void test_near_rows(const ChunkGeometry& g, const QueryTiling& tiling) {
+// The queries of a tile have rows of each regime the tile can be in, one behind the other and of no other query.
+void test_regime_rows(const ChunkGeometry& g, const QueryTiling& tiling) {
   const int c = g.stride();
-  const NearRows rows = near_rows(g, tiling.begin, tiling.size);
-  CHECK(rows.per_chunk <= c && rows.per_chunk <= int64_t{g.local_size} + tiling.size - 1, "per chunk ", rows.per_chunk);
+  if (tiling.begin >= tiling.end) return;
+  const RegimeRows rows = regime_rows(g, tiling.begin, tiling.size);
+  CHECK(rows.near_per_chunk <= c && rows.near_per_chunk <= int64_t{g.local_size} + tiling.size - 1, "per chunk ",
+        rows.near_per_chunk);
+  std::set<std::pair<Regime, int>> taken;
   for (int n = 0; n < tiling.count(); ++n) {
     const QueryTile tile = tiling.tile(n);
-    if (tile.begin < c || g.tile_regime(tile.begin, tile.begin - c) != Regime::kSucc) continue;
-    for (int i = tile.begin; i < tile.end; ++i) {
-      const int64_t row = rows.row(i);
-      CHECK(rows.has_row(i), "s ", g.chunk_size, " w ", g.local_size, " query ", i);
-      CHECK(row - rows.row(tile.begin) == i - tile.begin, "s ", g.chunk_size, " w ", g.local_size, " query ", i);
-      CHECK(row / rows.per_chunk == i / c - std::max(1, tiling.begin / c), "s ", g.chunk_size, " w ", g.local_size,
-            " query ", i, " row ", row);
+    std::set<Regime> regimes;
+    for (int key = 0; key < tile.end; key += c) regimes.insert(g.tile_regime(tile.begin, key));
+    for (const Regime regime : regimes) {
+      for (int i = tile.begin; i < tile.end; ++i) {
+        const int row = rows.row(regime, i);
+        CHECK(rows.has_row(regime, i), "s ", g.chunk_size, " w ", g.local_size, " query ", i);
+        CHECK(row >= 0 && row < rows.count(regime, tiling.end), "s ", g.chunk_size, " w ", g.local_size, " query ", i,
+              " row ", row);
+        CHECK(row - rows.row(regime, tile.begin) == i - tile.begin, "s ", g.chunk_size, " w ", g.local_size, " query ",
+              i);
+        CHECK(taken.insert({regime, row}).second, "s ", g.chunk_size, " w ", g.local_size, " query ", i, " row ", row);
+      }
     }
   }
-  for (int i = 0; i < std::min(c, tiling.end); ++i) CHECK(!rows.has_row(i), "query ", i, " of chunk 0");
+  for (const Regime regime : {Regime::kSucc, Regime::kInter}) {
+    for (int i = 0; i < std::min(c, tiling.end); ++i) CHECK(!rows.has_row(regime, i), "query ", i, " of chunk 0");
+    for (int i = tiling.begin; i < tiling.end; ++i) {
+      const int row = rows.has_row(regime, i) ? rows.row(regime, i) : 0;
+      CHECK(row >= 0 && row <= rows.count(regime, tiling.end), "query ", i, " row ", row);
+    }
+  }
 }
 
 // The tiles follow one another from begin to end, stay in their chunks, and none is shorter than it has to be.
@@ -158,7 +174,7 @@ void test_small_sizes() {
           for (int size : {1, 2, 3, 5, 8, 64}) {
             test_tiling(g, begin, end, size, begin == 0);
             if (begin < end) CHECK(QueryTiling({g, begin, end, size}).index_of(0) == 0, "begin ", begin);
-            test_near_rows(g, {g, begin, end, size});
+            test_regime_rows(g, {g, begin, end, size});
           }
         }
       }
@@ -176,7 +192,7 @@ void test_kernel_sizes() {
         test_tiling(g, 0, length, size, true);
         test_tiling(g, length / 2, length, size, true);
         test_tiling(g, length - 1, length, size, true);
-        for (int begin : {0, length / 2, length - 1}) test_near_rows(g, {g, begin, length, size});
+        for (int begin : {0, length / 2, length - 1}) test_regime_rows(g, {g, begin, length, size});
       }
     }
   }

@@ -12,11 +12,11 @@ namespace {
 
 using chunkattn::BackwardParams;
 using chunkattn::ChunkGeometry;
-using chunkattn::near_rows;
-using chunkattn::NearRows;
 using chunkattn::QueryTile;
 using chunkattn::QueryTiling;
 using chunkattn::Regime;
+using chunkattn::regime_rows;
+using chunkattn::RegimeRows;
 using chunkattn::cuda::AttendingTile;
 using chunkattn::cuda::key_tile_item;
 using chunkattn::cuda::KeyTileItem;
@@ -28,7 +28,7 @@ struct Problem {
   ChunkGeometry geometry;
   QueryTiling queries;
   QueryTiling keys;
-  NearRows rows;
+  RegimeRows rows;
 };
 
 // The pairs of two tiles have one rotation of Q, that of the tiles' regime, and a causal mask hides the others.
@@ -55,7 +55,7 @@ void test_tile(const Problem& problem, const AttendingTile& tile, int index, int
   CHECK(tile.begin == expected.begin && tile.count == expected.end - expected.begin, "s ", g.chunk_size, " w ",
         g.local_size, " key ", key_begin, " tile ", index, " begins ", tile.begin, " and has ", tile.count);
   CHECK(tile.regime == g.tile_regime(tile.begin, key_begin), "key ", key_begin, " query ", tile.begin);
-  const int row = tile.regime == Regime::kSucc ? problem.rows.row(tile.begin) : tile.begin - problem.queries.begin;
+  const int row = problem.rows.row(tile.regime, tile.begin);
   CHECK(tile.row == row, "s ", g.chunk_size, " w ", g.local_size, " key ", key_begin, " query ", tile.begin, " row ",
         tile.row, " expected ", row);
 }
@@ -90,7 +90,7 @@ void test_small_sizes() {
         for (int begin : {0, end / 2, end - 1}) {
           for (int size_m : {1, 2, 3, 8}) {
             for (int size_n : {1, 3, 4}) {
-              test_walks({g, {g, begin, end, size_m}, {g, 0, end, size_n}, near_rows(g, begin, 8)});
+              test_walks({g, {g, begin, end, size_m}, {g, 0, end, size_n}, regime_rows(g, begin, 8)});
             }
           }
         }
@@ -102,8 +102,8 @@ void test_small_sizes() {
 void test_kernel_sizes() {
   const ChunkGeometry g{300, 37};
   for (int begin : {0, 200, 700}) {
-    test_walks({g, {g, begin, 800, 64}, {g, 0, 800, 128}, near_rows(g, begin, 128)});
-    test_walks({g, {g, begin, 800, 128}, {g, 0, 800, 64}, near_rows(g, begin, 128)});
+    test_walks({g, {g, begin, 800, 64}, {g, 0, 800, 128}, regime_rows(g, begin, 128)});
+    test_walks({g, {g, begin, 800, 128}, {g, 0, 800, 64}, regime_rows(g, begin, 128)});
   }
 }
 

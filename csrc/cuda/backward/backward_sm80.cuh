@@ -206,7 +206,7 @@ struct BackwardSm80 {
     const int row = KeyGrid::row(), column = KeyGrid::column();
 
     int head = kv_head * group;
-    QueryTileWalk walk(tiling, workspace.near_rows, keys.begin);
+    QueryTileWalk walk(tiling, workspace.rows, keys.begin);
     AttendingTile next = walk.tile(tiling);
     load_keys();
     load_queries(0, next, head);
@@ -218,9 +218,9 @@ struct BackwardSm80 {
       const int plane = batch * forward.shape.heads + head;
       Statistics lse_log2, delta;
       load_statistics(lse_log2, delta, tile, plane);
-      walk.advance(tiling, workspace.near_rows);
+      walk.advance(tiling, workspace.rows);
       if (walk.done(tiling)) {
-        walk = QueryTileWalk(tiling, workspace.near_rows, keys.begin);
+        walk = QueryTileWalk(tiling, workspace.rows, keys.begin);
         more = ++head < (kv_head + 1) * group;
       }
       next = walk.tile(tiling);

@@ -60,8 +60,8 @@ struct BackwardSm90Block {
 
   // What a query tile is. Rows without a query have a log-sum-exp of +inf, which makes P zero.
   struct alignas(16) Statistics {
-    float lse_log2[kTileM];
-    float delta[kTileM];
+    float lse_log2[kTileM];  // by per_query_index()
+    float delta[kTileM];     // the same
     AttendingTile tile;
     bool masked;  // some query of the tile does not see some key
     int plane;    // batch * heads + head; -1 behind the last tile
@@ -136,8 +136,8 @@ struct BackwardSm90Block {
     Ring<kStages> ring;
 #pragma unroll 1
     for (int head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
-      for (QueryTileWalk walk(tiles, workspace.near_rows, keys.begin); !walk.done(tiles);
-           walk.advance(tiles, workspace.near_rows)) {
+      for (QueryTileWalk walk(tiles, workspace.rows, keys.begin); !walk.done(tiles);
+           walk.advance(tiles, workspace.rows)) {
         const AttendingTile tile = walk.tile(tiles);
         ring.wait_empty(control.query_empty);
         uint64_t* full = control.query_full + ring.index;
@@ -160,8 +160,8 @@ struct BackwardSm90Block {
 #pragma unroll 1
     for (int head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
       const int plane = batch * params.forward.shape.heads + head;
-      for (QueryTileWalk walk(tiles, workspace.near_rows, keys.begin); !walk.done(tiles);
-           walk.advance(tiles, workspace.near_rows)) {
+      for (QueryTileWalk walk(tiles, workspace.rows, keys.begin); !walk.done(tiles);
+           walk.advance(tiles, workspace.rows)) {
         const AttendingTile tile = walk.tile(tiles);
         const int64_t first = static_cast<int64_t>(plane) * params.forward.shape.seqlen_q + (tile.begin - tiles.begin);
         ring.wait_empty(control.statistics_empty);
@@ -169,8 +169,9 @@ struct BackwardSm90Block {
 #pragma unroll
         for (int row = lane; row < kTileM; row += 32) {
           const bool valid = row < tile.count;
-          statistics.lse_log2[row] = valid ? params.forward.softmax_lse[first + row] * kLog2E : INFINITY;
-          statistics.delta[row] = valid ? workspace.delta[first + row] : 0.f;
+          const int index = per_query_index(row);
+          statistics.lse_log2[index] = valid ? params.forward.softmax_lse[first + row] * kLog2E : INFINITY;
+          statistics.delta[index] = valid ? workspace.delta[first + row] : 0.f;
         }
         if (lane == 0) {
           statistics.tile = tile;
@@ -251,12 +252,18 @@ struct BackwardSm90Block {
     }
   }
 
-  // Of this thread's queries, which are neighbours in pairs.
+  // Of this thread's queries, which are neighbours in pairs. They are kept in the order in which four lanes read them:
+  // two of a lane's pairs at once.
   using PerQuery = float2[kTileM / 8];
+  static __device__ __forceinline__ int per_query_index(int query) {
+    return query / 16 * 16 + query % 8 / 2 * 4 + query / 8 % 2 * 2 + query % 2;
+  }
   static __device__ __forceinline__ void load_per_query(PerQuery& x, const float (&values)[kTileM]) {
 #pragma unroll
-    for (int block = 0; block < kTileM / 8; ++block) {
-      x[block] = *reinterpret_cast<const float2*>(values + block * 8 + threadIdx.x % 4 * 2);
+    for (int block = 0; block < kTileM / 8; block += 2) {
+      const float4 pairs = *reinterpret_cast<const float4*>(values + block * 8 + threadIdx.x % 4 * 4);
+      x[block] = {pairs.x, pairs.y};
+      x[block + 1] = {pairs.z, pairs.w};
     }
   }
 
@@ -313,17 +320,23 @@ struct BackwardSm90Block {
   static constexpr int kGradientPanels = kQueryColumns / 32;
   static constexpr int kGradientPanelBytes = 64 * 128;
 
-  // Writes this warpgroup's part of dQ to shared memory. Rows behind the tile's queries are zero.
+  // Writes this warpgroup's part of dQ to shared memory. Rows behind the tile's queries are zero. Half a warp stores
+  // four rows at once, of which the swizzle would put neighbours on the same banks: odd rows store their blocks in
+  // another order.
   static __device__ __forceinline__ void store_part(const QueryGradients& dq, uint32_t part) {
     const int lane = threadIdx.x % 32;
+    const bool odd = lane / 4 % 2 == 1;
+    const int column = odd ? 4 : 0;  // chunk by which the pair of blocks changes places
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = threadIdx.x / 32 % 4 * 16 + half * 8 + lane / 4;
 #pragma unroll
       for (int block = 0; block < kQueryColumns / 8; ++block) {
-        const int chunk = block % 4 * 2 + lane % 4 / 2;
+        const int chunk = (block % 4 * 2 + lane % 4 / 2) ^ column;
+        const float* own = &dq[0][block][2 * half];
+        const float* other = &dq[0][block ^ 2][2 * half];
         store_shared(part + block / 4 * kGradientPanelBytes + row * 128 + (chunk ^ (row % 8)) * 16 + lane % 2 * 8,
-                     dq[0][block][2 * half], dq[0][block][2 * half + 1]);
+                     odd ? other[0] : own[0], odd ? other[1] : own[1]);
       }
     }
   }

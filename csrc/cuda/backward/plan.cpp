@@ -62,12 +62,10 @@ BackwardWorkspace backward_workspace(const BackwardParams& params, bool determin
   const ChunkGeometry& geometry = forward.geometry;
   const int64_t planes = static_cast<int64_t>(shape.batch) * shape.heads;
   BackwardWorkspace workspace{};
-  workspace.near_rows = near_rows(geometry, forward.first_position(), kBackwardLargestTileM);
-  const int last_chunk = (shape.seqlen_k - 1) / geometry.stride();
-  const int chunks = last_chunk + 1 - workspace.near_rows.first_chunk;
-  workspace.regimes[0].rows = shape.seqlen_q;
-  workspace.regimes[1].rows = chunks * workspace.near_rows.per_chunk;
-  workspace.regimes[2].rows = last_chunk == 0 ? 0 : shape.seqlen_q;
+  workspace.rows = regime_rows(geometry, forward.first_position(), kBackwardLargestTileM);
+  for (const Regime regime : {Regime::kIntra, Regime::kSucc, Regime::kInter}) {
+    workspace.regimes[static_cast<int>(regime)].rows = workspace.rows.count(regime, shape.seqlen_k);
+  }
 
   Carver carver(memory);
   for (RegimeQueries& regime : workspace.regimes) regime.dq = carver.take<float>(planes * regime.rows * shape.head_dim);
@@ -81,7 +79,7 @@ BackwardWorkspace backward_workspace(const BackwardParams& params, bool determin
     regime.q = carver.take<void>(shape.batch * regime.rows * row, kElementBytes);
     regime.q_strides = {regime.rows * row, row, shape.head_dim};
   };
-  // NearRows has rows without a query behind the last one. Kernels that copy whole tiles read them.
+  // succ has rows without a query behind the last one. Kernels that copy whole tiles read them.
   take_queries(workspace.regimes[1]);
   workspace.zeroed_bytes = carver.used();
   workspace.delta = carver.take<float>(planes * shape.seqlen_q);

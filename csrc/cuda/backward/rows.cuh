@@ -52,10 +52,10 @@ template <typename Function>
 __device__ __forceinline__ void for_each_regime(const BackwardParams& params, const BackwardWorkspace& workspace,
                                                 int query, Function&& f) {
   const int position = params.forward.first_position() + query;
-  f(Regime::kIntra, query);
-  if (position < params.forward.geometry.stride()) return;
-  if (workspace.near_rows.has_row(position)) f(Regime::kSucc, workspace.near_rows.row(position));
-  f(Regime::kInter, query);
+  const RegimeRows& rows = workspace.rows;
+  for (const Regime regime : {Regime::kIntra, Regime::kSucc, Regime::kInter}) {
+    if (rows.has_row(regime, position)) f(regime, rows.row(regime, position));
+  }
 }
 
 }  // namespace chunkattn::cuda

@@ -16,29 +16,32 @@ struct AttendingTile {
 // QueryTiling and ChunkGeometry::tile_regime tile by tile, without their divisions.
 class QueryTileWalk {
  public:
-  CHUNKATTN_HOST_DEVICE QueryTileWalk(const QueryTiling& tiling, const NearRows& near_rows, int key_position)
+  CHUNKATTN_HOST_DEVICE QueryTileWalk(const QueryTiling& tiling, const RegimeRows& rows, int key_position)
       : tile_index_(tiling.index_of(key_position)), begin_(tiling.tile(tile_index_).begin) {
     const int stride = tiling.geometry.stride();
     index_ = begin_ % stride;
     chunks_apart_ = begin_ / stride - key_position / stride;
-    near_row_ = near_rows.row(begin_);
+    near_row_ = rows.row(Regime::kSucc, begin_);
+    far_row_ = rows.row(Regime::kInter, begin_);
   }
 
   CHUNKATTN_HOST_DEVICE bool done(const QueryTiling& tiling) const { return begin_ >= tiling.end; }
 
   CHUNKATTN_HOST_DEVICE AttendingTile tile(const QueryTiling& tiling) const {
     const Regime regime = tiling.geometry.tile_regime_in_chunk(chunks_apart_, index_);
-    return {tile_index_, begin_, count(tiling), regime, regime == Regime::kSucc ? near_row_ : begin_ - tiling.begin};
+    const int row = regime == Regime::kSucc ? near_row_ : regime == Regime::kInter ? far_row_ : begin_ - tiling.begin;
+    return {tile_index_, begin_, count(tiling), regime, row};
   }
 
-  CHUNKATTN_HOST_DEVICE void advance(const QueryTiling& tiling, const NearRows& near_rows) {
+  CHUNKATTN_HOST_DEVICE void advance(const QueryTiling& tiling, const RegimeRows& rows) {
     const int step = count(tiling);
     ++tile_index_;
     begin_ += step;
     index_ += step;
     near_row_ += step;
+    far_row_ += step;
     if (index_ < tiling.geometry.stride()) return;
-    near_row_ += near_rows.per_chunk - index_;
+    near_row_ += rows.near_per_chunk - index_;
     index_ = 0;
     ++chunks_apart_;
   }
@@ -55,7 +58,8 @@ class QueryTileWalk {
   int begin_;
   int index_;         // of begin_ in its chunk
   int chunks_apart_;  // of the queries and the keys
-  int near_row_;      // by NearRows, of begin_
+  int near_row_;      // by RegimeRows, of begin_ in succ
+  int far_row_;       // and in inter
 };
 
 }  // namespace chunkattn::cuda
