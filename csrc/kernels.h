@@ -44,6 +44,11 @@ SelectWorkspace select_workspace(const SelectParams& params, void* memory, size_
 
 const char* select(const SelectParams& params, const SelectWorkspace& workspace, void* stream);
 
+// The workspace of select_merge_forward.
+SelectMergeWorkspace select_merge_workspace(const SelectMergeParams& params, void* memory, size_t* bytes);
+
+const char* select_merge_forward(const SelectMergeParams& params, const SelectMergeWorkspace& workspace, void* stream);
+
 // For tests and benchmarks: makes every later call take this kernel ("auto", "portable" or "hopper").
 const char* force_kernel(const char* name);
 

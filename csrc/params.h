@@ -143,8 +143,14 @@ struct SelectMergeParams {
   AttentionShape shape;  // seqlen_q = seqlen_k
   DataType dtype;        // of q, k, v and out
   RegionLists regions;
-  double scale;       // of the logits
-  int* tile_counter;  // [1], workspace of CUDA kernels that hand out tiles as they run; else null
+  double scale;  // of the logits
+};
+
+// What the CUDA kernels use beside SelectMergeParams.
+struct SelectMergeWorkspace {
+  int* regions;       // as RegionLists::indices: of each list the ids that are not ignored, one behind the other
+  int* counts;        // [batch, index_heads, groups], how many
+  int* tile_counter;  // [1]
 };
 
 struct SelectMergeBackwardParams {

@@ -2,7 +2,7 @@
 
 #include "cpu/backward_unit.h"
 #include "cpu/forward_tile.h"
-#include "cpu/group_attention.h"
+#include "group_attention.h"
 #include "kernels.h"
 
 namespace chunkattn::cpu {

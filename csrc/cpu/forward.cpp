@@ -1,5 +1,5 @@
 #include "cpu/forward_tile.h"
-#include "cpu/group_attention.h"
+#include "group_attention.h"
 #include "kernels.h"
 
 namespace chunkattn::cpu {
