@@ -39,6 +39,16 @@ BackwardWorkspace backward_workspace(const BackwardParams& params, bool determin
 // Keys may be raw. Until the end dq holds rotated queries and dk rotated keys, so neither may overlap another tensor.
 const char* dca_backward(const BackwardParams& params, const BackwardWorkspace& workspace, void* stream);
 
+// The workspace of select, as backward_workspace lays out its own.
+SelectWorkspace select_workspace(const SelectParams& params, void* memory, size_t* bytes);
+
+const char* select(const SelectParams& params, const SelectWorkspace& workspace, void* stream);
+
+// The workspace of select_merge_forward.
+SelectMergeWorkspace select_merge_workspace(const SelectMergeParams& params, void* memory, size_t* bytes);
+
+const char* select_merge_forward(const SelectMergeParams& params, const SelectMergeWorkspace& workspace, void* stream);
+
 // For tests and benchmarks: makes every later call take this kernel ("auto", "portable" or "hopper").
 const char* force_kernel(const char* name);
 

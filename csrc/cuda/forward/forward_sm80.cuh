@@ -1,23 +1,23 @@
 // The portable forward main loop: mma.sync and cp.async, for sm_80 and everything after it.
 //
 // One thread block owns one query tile of one head. Its key tiles come from KeyTileWalk; whenever the regime changes,
-// the queries are read again and rotated anew into the one Q buffer, while the softmax state simply carries on. K and V
-// have one buffer each: V(n) arrives while S = Q K(n)^T is computed, K(n + 1) while P V(n) is.
+// queries that have a rotation for it are read again into the one Q buffer, while the softmax state simply carries on.
+// K and V have one buffer each: V(n) arrives while S = Q K(n)^T is computed, K(n + 1) while P V(n) is.
 #pragma once
 
-#include "cuda/common/copy_rows.cuh"
 #include "cuda/common/key_tiles.cuh"
 #include "cuda/common/mask.cuh"
 #include "cuda/common/query_tile.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/tile_schedule.h"
 #include "cuda/common/vector_paths.h"
+#include "cuda/forward/key_source.cuh"
 #include "cuda/forward/tile_sizes.h"
 #include "cuda/ptx/mma_sync.cuh"
 
 namespace chunkattn::cuda {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Keys>
 struct ForwardSm80 {
   using Sizes = ForwardSm80Tile<kHeadDim>;
   static constexpr int kTileM = Sizes::kTileM;
@@ -106,7 +106,7 @@ struct ForwardSm80 {
   }
 
   static __device__ __forceinline__ void run(const ForwardParams& params, const VectorPaths& vectorized,
-                                             const TileSchedule& schedule) {
+                                             const Keys& source, const TileSchedule& schedule) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     const QueryShared q_tile{ptx::shared_address(shared_memory)};
     const KeyShared k_tile{q_tile.base + QueryShared::kBytes};
@@ -125,14 +125,13 @@ struct ForwardSm80 {
     const T* v = static_cast<const T*>(params.v) + batch * params.v_strides.batch + kv_head * params.v_strides.head;
     const float scale_log2 = logit_scale(params, batch) * kLog2E;
 
+    const auto keys = source.reader(batch, head, queries);
     const auto load_k = [&](const KeyTile& tile) {
-      copy_rows_async<kThreads>(k_tile, k + tile.begin * params.k_strides.seq, params.k_strides.seq, tile.valid,
-                                params.shape.head_dim, vectorized.k);
+      keys.template copy<kThreads>(k_tile, k, params.k_strides.seq, tile, params.shape.head_dim, vectorized.k);
       ptx::cp_async_commit();
     };
     const auto load_v = [&](const KeyTile& tile) {
-      copy_rows_async<kThreads>(v_tile, v + tile.begin * params.v_strides.seq, params.v_strides.seq, tile.valid,
-                                params.shape.head_dim, vectorized.v);
+      keys.template copy<kThreads>(v_tile, v, params.v_strides.seq, tile, params.shape.head_dim, vectorized.v);
       ptx::cp_async_commit();
     };
     const auto load_q = [&](Regime regime) {
@@ -140,7 +139,7 @@ struct ForwardSm80 {
     };
 
     __shared__ SegmentList segments;
-    if (threadIdx.x == 0) segments = params.geometry.segments(queries);
+    if (threadIdx.x == 0) segments = source.segments(params, batch, head, queries);
     __syncthreads();
     KeyTileWalk<kTileN> walk(segments, queries.begin);
     KeyTile tile = walk.tile();
@@ -170,7 +169,7 @@ struct ForwardSm80 {
       if (softmax.update(logits, scale_log2, shrink)) scale_rows(output, shrink);
       multiply_values(output, logits, v_tile);
       if (last) break;
-      if (tile.regime != current.regime) load_q(tile.regime);
+      if (Keys::kRotatesQueries && tile.regime != current.regime) load_q(tile.regime);
     }
 
     float normalise[kSlabs][2], lse[kSlabs][2];
