@@ -47,6 +47,16 @@ DecodeWorkspace decode_workspace(const DecodeParams& params, void* memory, size_
 // that captured the call may be replayed with others.
 const char* dca_decode(const DecodeParams& params, const DecodeWorkspace& workspace, void* stream);
 
+// The workspace of select, as backward_workspace lays out its own.
+SelectWorkspace select_workspace(const SelectParams& params, void* memory, size_t* bytes);
+
+const char* select(const SelectParams& params, const SelectWorkspace& workspace, void* stream);
+
+// The workspace of select_merge_forward.
+SelectMergeWorkspace select_merge_workspace(const SelectMergeParams& params, void* memory, size_t* bytes);
+
+const char* select_merge_forward(const SelectMergeParams& params, const SelectMergeWorkspace& workspace, void* stream);
+
 // For tests and benchmarks: makes every later call take this kernel ("auto", "portable" or "hopper").
 const char* force_kernel(const char* name);
 

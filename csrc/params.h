@@ -120,7 +120,7 @@ struct BackwardParams {
 struct RegimeQueries {
   const void* q;  // [batch, rows, heads, head_dim], rotated by ChunkGeometry::query_row
   Strides q_strides;
-  float* dq;  // [batch, heads, rows, head_dim], contiguous; starts at zero
+  float* dq;  // [batch, heads, rows, head_dim], contiguous, or GradientPieces; starts at zero
   int rows;   // of RegimeRows
 };
 
@@ -132,6 +132,7 @@ struct BackwardWorkspace {
   int* turns;           // [batch * heads, query tiles], zeros: whose turn it is to add to dq; null when order is free
   size_t zeroed_bytes;  // of all dq, turns and the succ queries, which lie one behind the other
   bool dk_rotated;      // dk is wanted with respect to rotated keys: they arrived so
+  bool dq_in_pieces;    // by GradientPieces: the main loop says
 };
 
 // Chooses the regions that each group of queries attends to.
@@ -148,6 +149,21 @@ struct SelectParams {
   Voters voters;
   int index_heads;  // kv_heads: scores summed over the query heads that share a KV head; heads: one choice for each
   int* indices;     // [batch, index_heads, groups, top_k], contiguous: ids ascending, then -1
+};
+
+// What the CUDA kernels of the selection use beside SelectParams. They work on some planes (a batch row and index head)
+// at a time, so that memory does not grow with their number; the tensors are those of one pass. Nothing but
+// planes_at_once is set where every group keeps all regions before it.
+struct SelectWorkspace {
+  int planes_at_once;
+  int padded_dim;        // of the means, a size the kernels are compiled for
+  void* q_means;         // [planes_at_once, regions, 2, padded_dim] float16: scaled means, what rounding left of them
+  void* k_means;         // the same, of the KV heads those planes select from; first [.., padded_dim] float32
+  unsigned* k_largest;   // [planes_at_once] float32 bits: the largest magnitude among a KV head's means
+  uint64_t* candidates;  // [blocks * rows of a block, candidates_per_row], of the rows in work
+  int candidates_per_row;
+  uint64_t* lists;    // [planes_at_once, regions, top_k], the regions each row lists
+  int* tile_counter;  // [1]
 };
 
 // The regions each group attends to beside itself.
@@ -173,8 +189,14 @@ struct SelectMergeParams {
   AttentionShape shape;  // seqlen_q = seqlen_k
   DataType dtype;        // of q, k, v and out
   RegionLists regions;
-  double scale;       // of the logits
-  int* tile_counter;  // [1], workspace of CUDA kernels that hand out tiles as they run; else null
+  double scale;  // of the logits
+};
+
+// What the CUDA kernels use beside SelectMergeParams.
+struct SelectMergeWorkspace {
+  int* regions;       // as RegionLists::indices: of each list the ids that are not ignored, one behind the other
+  int* counts;        // [batch, index_heads, groups], how many
+  int* tile_counter;  // [1]
 };
 
 struct SelectMergeBackwardParams {

@@ -1,7 +1,4 @@
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <array>
 
 #include "../kernels.h"
 #include "checks.h"
@@ -70,9 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> dca_backward_cuda(Tensor dout, Tensor q, Tens
   const BackwardParams params = backward_params(arguments, dout, out, softmax_lse, gradients);
   size_t bytes = 0;
   cuda::backward_workspace(params, deterministic, nullptr, &bytes);
-  const std::array<int64_t, 1> shape{static_cast<int64_t>(bytes)};
-  // Lives until the kernels are enqueued; the allocator hands its memory on in stream order.
-  const Tensor memory = torch::stable::new_empty(q, {shape.data(), shape.size()}, torch::headeronly::ScalarType::Byte);
+  const Tensor memory = new_workspace(q, bytes);
   const BackwardWorkspace workspace =
       cuda::backward_workspace(params, deterministic, memory.mutable_data_ptr(), &bytes);
   throw_if_failed(cuda::dca_backward(params, workspace, current_cuda_stream(q.get_device_index())));

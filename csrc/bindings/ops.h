@@ -75,10 +75,14 @@ Tensor dca_with_kvcache_out_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tenso
 // Returns int32 [batch, kv_heads or heads, groups, top_k].
 Tensor select_cpu(Tensor q, Tensor k, int64_t region_size, int64_t top_k, int64_t merge, std::string eligibility,
                   std::string selection, std::string heads);
+Tensor select_cuda(Tensor q, Tensor k, int64_t region_size, int64_t top_k, int64_t merge, std::string eligibility,
+                   std::string selection, std::string heads);
 
 // Return out [batch, seqlen, heads, head_dim] and softmax_lse [batch, heads, seqlen]; dq, dk and dv.
 std::tuple<Tensor, Tensor> select_merge_cpu(Tensor q, Tensor k, Tensor v, Tensor indices, int64_t region_size,
                                             int64_t merge, std::optional<double> scale, bool deterministic);
+std::tuple<Tensor, Tensor> select_merge_cuda(Tensor q, Tensor k, Tensor v, Tensor indices, int64_t region_size,
+                                             int64_t merge, std::optional<double> scale, bool deterministic);
 std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
                                                              Tensor softmax_lse, Tensor indices, int64_t region_size,
                                                              int64_t merge, std::optional<double> scale,

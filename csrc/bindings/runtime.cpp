@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -12,6 +13,11 @@ namespace chunkattn::bindings {
 
 void parallel_for(int64_t count, cpu::ParallelBody body, void* context) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+}
+
+torch::stable::Tensor new_workspace(const torch::stable::Tensor& like, size_t bytes) {
+  const std::array<int64_t, 1> shape{static_cast<int64_t>(bytes)};
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, torch::headeronly::ScalarType::Byte);
 }
 
 void* current_cuda_stream(int32_t device_index) {

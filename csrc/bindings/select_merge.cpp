@@ -1,3 +1,5 @@
+#include <torch/csrc/stable/accelerator.h>
+
 #include "../kernels.h"
 #include "checks.h"
 #include "ops.h"
@@ -17,6 +19,25 @@ std::tuple<Tensor, Tensor> select_merge_cpu(Tensor q, Tensor k, Tensor v, Tensor
   }
   return {out, softmax_lse};
 }
+
+#ifdef CHUNKATTN_WITH_CUDA
+std::tuple<Tensor, Tensor> select_merge_cuda(Tensor q, Tensor k, Tensor v, Tensor indices, int64_t region_size,
+                                             int64_t merge, std::optional<double> scale, bool /*deterministic*/) {
+  const SelectMergeArguments arguments{q, k, v, indices, region_size, merge, scale};
+  check_select_merge(arguments);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  Tensor out = new_contiguous(q);
+  Tensor softmax_lse = new_softmax_lse(q);
+  if (out.numel() == 0) return {out, softmax_lse};
+  const SelectMergeParams params = select_merge_params(arguments, out, softmax_lse);
+  size_t bytes = 0;
+  cuda::select_merge_workspace(params, nullptr, &bytes);
+  const Tensor memory = new_workspace(q, bytes);
+  const SelectMergeWorkspace workspace = cuda::select_merge_workspace(params, memory.mutable_data_ptr(), &bytes);
+  throw_if_failed(cuda::select_merge_forward(params, workspace, current_cuda_stream(q.get_device_index())));
+  return {out, softmax_lse};
+}
+#endif
 
 std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
                                                              Tensor softmax_lse, Tensor indices, int64_t region_size,

@@ -2,8 +2,8 @@
 
 #include "cpu/backward_unit.h"
 #include "cpu/forward_tile.h"
-#include "cpu/group_attention.h"
 #include "cpu/sequences.h"
+#include "group_attention.h"
 #include "kernels.h"
 
 namespace chunkattn::cpu {

@@ -1,6 +1,6 @@
 #include "cpu/forward_tile.h"
-#include "cpu/group_attention.h"
 #include "cpu/sequences.h"
+#include "group_attention.h"
 #include "kernels.h"
 
 namespace chunkattn::cpu {

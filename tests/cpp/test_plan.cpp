@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cuda/backward/gradient_pieces.h"
 #include "cuda/backward/plan.h"
 #include "cuda/backward/tile_sizes.h"
 #include "cuda/forward/plan.h"
@@ -19,6 +20,7 @@ using chunkattn::AttentionShape;
 using chunkattn::BackwardParams;
 using chunkattn::BackwardWorkspace;
 using chunkattn::RegimeQueries;
+using chunkattn::cuda::GradientPieces;
 using chunkattn::cuda::KernelChoice;
 using chunkattn::cuda::KernelPlan;
 using chunkattn::cuda::plan_backward;
@@ -95,14 +97,17 @@ void test_workspace(const AttentionShape& shape, bool rotated, bool deterministi
   const auto add = [&](const void* piece, size_t size) {
     pieces.push_back({reinterpret_cast<uintptr_t>(piece), size});
   };
-  const size_t row = size_t{1} * shape.batch * shape.heads * shape.head_dim;
+  const size_t planes = size_t{1} * shape.batch * shape.heads;
+  const size_t row = planes * shape.head_dim;
   for (const RegimeQueries& regime : workspace.regimes) {
-    add(regime.dq, 4 * row * regime.rows);
+    add(regime.dq, 4 * planes * GradientPieces{regime.rows, shape.head_dim}.plane());
     if (&regime != workspace.regimes) add(regime.q, 2 * row * regime.rows);
   }
   add(workspace.delta, size_t{4} * shape.batch * shape.heads * shape.seqlen_q);
   const size_t zeroed = kMemory + workspace.zeroed_bytes;
   for (const RegimeQueries& regime : workspace.regimes) {
+    const GradientPieces in_pieces{regime.rows, shape.head_dim};
+    CHECK(in_pieces.plane() >= int64_t{1} * regime.rows * shape.head_dim, "rows ", regime.rows);
     CHECK(reinterpret_cast<uintptr_t>(regime.dq + row * regime.rows) <= zeroed, "rows ", regime.rows);
   }
   if (deterministic) {
@@ -149,6 +154,22 @@ void test_tile_bounds() {
   }
 }
 
+// The portable backward's launcher tells by shared_memory which class of devices the plan is made for.
+void test_portable_backward_classes() {
+  for (int head_dim : {64, 128, 256}) {
+    const auto shared_memory = [&](int compute_capability) {
+      return plan_backward({1, 16, 16, 1, 1, head_dim}, compute_capability, true, KernelChoice::kPortable)
+          .shared_memory;
+    };
+    for (int compute_capability : {80, 86, 87, 89, 90, 100, 120}) {
+      const bool small = compute_capability == 86 || compute_capability == 89 || compute_capability == 120;
+      const bool large = head_dim == 256 && compute_capability >= 90 && !small;
+      CHECK((shared_memory(compute_capability) > 99 * 1024) == !small, "head_dim ", head_dim);
+      CHECK((shared_memory(compute_capability) > 163 * 1024) == large, "head_dim ", head_dim);
+    }
+  }
+}
+
 // The Hopper backward takes every head_dim, where rows are aligned.
 void test_hopper_backward() {
   for (int head_dim = 1; head_dim <= 256; ++head_dim) {
@@ -171,6 +192,7 @@ int main() {
   }
   test_workspaces();
   test_tile_bounds();
+  test_portable_backward_classes();
   test_hopper_backward();
   return chunkattn::test::report();
 }

@@ -7,6 +7,7 @@
 // that need them transposed cut them among the warps in another way.
 #pragma once
 
+#include "cuda/backward/gradient_pieces.h"
 #include "cuda/backward/schedule.h"
 #include "cuda/backward/tile_sizes.h"
 #include "cuda/common/copy_rows.cuh"
@@ -40,6 +41,8 @@ struct BackwardSm80 {
   static constexpr int kTileN = Sizes::kTileN;
   static constexpr int kThreads = Sizes::kWarps * 32;
   static constexpr int kQueryStages = Sizes::kQueryStages;
+  static constexpr int kDoutStages = Sizes::kDoutStages;
+  static_assert(kDoutStages <= kQueryStages);
   static constexpr size_t kSharedBytes = backward_sm80_shared_bytes<kHeadDim, kSharedKilobytes>();
 
   using LogitGrid = WarpGrid<kTileM, kTileN, Sizes::kWarps, Sizes::kLogitRows>;
@@ -66,12 +69,14 @@ struct BackwardSm80 {
 
   __device__ __forceinline__ KeyShared k_tile() const { return {shared}; }
   __device__ __forceinline__ KeyShared v_tile() const { return {shared + KeyShared::kBytes}; }
-  __device__ __forceinline__ QueryShared dout_tile() const { return {shared + 2 * KeyShared::kBytes}; }
+  __device__ __forceinline__ QueryShared dout_tile(int stage) const {
+    return {shared + 2 * KeyShared::kBytes + (kDoutStages == 1 ? 0 : stage) * QueryShared::kBytes};
+  }
   __device__ __forceinline__ QueryShared q_tile(int stage) const {
-    return {shared + 2 * KeyShared::kBytes + (1 + stage) * QueryShared::kBytes};
+    return {shared + 2 * KeyShared::kBytes + (kDoutStages + stage) * QueryShared::kBytes};
   }
   __device__ __forceinline__ LogitShared p_tile() const {
-    return {shared + 2 * KeyShared::kBytes + (1 + kQueryStages) * QueryShared::kBytes};
+    return {shared + 2 * KeyShared::kBytes + (kDoutStages + kQueryStages) * QueryShared::kBytes};
   }
   __device__ __forceinline__ LogitShared ds_tile() const { return {p_tile().base + LogitShared::kBytes}; }
 
@@ -96,104 +101,121 @@ struct BackwardSm80 {
                               vectorized.q[regime]);
   }
 
-  __device__ __forceinline__ void load_out_gradients(const AttendingTile& tile, int head) const {
+  __device__ __forceinline__ void load_out_gradients(int stage, const AttendingTile& tile, int head) const {
     const Strides& strides = params.dout_strides;
     const T* dout = static_cast<const T*>(params.dout) + batch * strides.batch +
                     (tile.begin - params.forward.first_position()) * strides.seq + head * strides.head;
-    copy_rows_async<kThreads>(dout_tile(), dout, strides.seq, tile.count, params.forward.shape.head_dim,
+    copy_rows_async<kThreads>(dout_tile(stage), dout, strides.seq, tile.count, params.forward.shape.head_dim,
                               vectorized.dout);
   }
 
-  // The log-sum-exp in bits, and delta. Rows without a query get what makes P zero.
-  __device__ __forceinline__ void load_statistics(Statistics& lse_log2, Statistics& delta, const AttendingTile& tile,
+  // Rows without a query get what makes P zero. Nothing is computed from the values here: that would wait for them.
+  __device__ __forceinline__ void load_statistics(Statistics& lse, Statistics& delta, const AttendingTile& tile,
                                                   int plane) const {
-    const int64_t first =
-        static_cast<int64_t>(plane) * params.forward.shape.seqlen_q + (tile.begin - params.forward.first_position());
+    const int row = LogitGrid::row() + threadIdx.x % 32 / 4;
+    const int64_t first = static_cast<int64_t>(plane) * params.forward.shape.seqlen_q +
+                          (tile.begin - params.forward.first_position()) + row;
+    const float* tile_lse = params.forward.softmax_lse + first;
+    const float* tile_delta = workspace.delta + first;
 #pragma unroll
     for (int slab = 0; slab < LogitGrid::kSlabs; ++slab) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = LogitGrid::row() + slab * 16 + half * 8 + threadIdx.x % 32 / 4;
-        const bool valid = row < tile.count;
-        lse_log2[slab][half] = valid ? params.forward.softmax_lse[first + row] * kLog2E : INFINITY;
-        delta[slab][half] = valid ? workspace.delta[first + row] : 0.f;
+        const int offset = slab * 16 + half * 8;
+        const bool valid = row + offset < tile.count;
+        lse[slab][half] = valid ? tile_lse[offset] : INFINITY;
+        delta[slab][half] = valid ? tile_delta[offset] : 0.f;
       }
     }
   }
 
-  // S becomes P.
-  __device__ __forceinline__ void exponentiate(Logits& logits, const Statistics& lse_log2, float scale_log2,
-                                               const AttendingTile& tile) const {
+  // Sets S of keys that queries of the tile do not attend to -inf.
+  __device__ __forceinline__ void mask(Logits& s, const AttendingTile& tile) const {
     const int valid = keys.end - keys.begin;
     const bool causal = tile.regime == Regime::kIntra && keys.end - 1 > tile.begin;
     if (causal || valid < kTileN) {
       const int column = LogitGrid::column();
-      hide_keys(logits, KeyTile{keys.begin + column, valid - column, tile.regime, causal},
-                tile.begin + LogitGrid::row());
+      hide_keys(s, KeyTile{keys.begin + column, valid - column, tile.regime, causal}, tile.begin + LogitGrid::row());
     }
+  }
+
+  // S becomes P, and dP - delta becomes dS, which lacks the logits' scale.
+  __device__ __forceinline__ void differentiate(Logits& s, Logits& dp, const Statistics& lse, float scale_log2) const {
 #pragma unroll
     for (int slab = 0; slab < LogitGrid::kSlabs; ++slab) {
+      const float lse_log2[2] = {lse[slab][0] * kLog2E, lse[slab][1] * kLog2E};
 #pragma unroll
       for (int block = 0; block < LogitGrid::kBlocks; ++block) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          logits[slab][block][i] = exp2_approx(logits[slab][block][i] * scale_log2 - lse_log2[slab][i / 2]);
+          s[slab][block][i] = exp2_approx(s[slab][block][i] * scale_log2 - lse_log2[i / 2]);
+          dp[slab][block][i] *= s[slab][block][i];
         }
       }
     }
   }
 
-  // Writes P and dS of a query tile to shared memory; dS lacks the logits' scale.
-  __device__ __forceinline__ void differentiate_logits(int stage, const AttendingTile& tile, const Statistics& lse_log2,
+  // Writes P and dS of a query tile to shared memory. The exponentials do not wait for dP: nothing between the mask and
+  // them keeps the compiler from placing them beside that product.
+  __device__ __forceinline__ void differentiate_logits(int stage, const AttendingTile& tile, const Statistics& lse,
                                                        const Statistics& delta, float scale_log2) const {
     constexpr Inner kAlong = Inner::kAlongRows;
     const int row = LogitGrid::row(), column = LogitGrid::column();
-    Logits p = {};
-    warp_multiply<T, kAlong, kAlong, kHeadDim>(p, q_tile(stage), row, k_tile(), column);
-    exponentiate(p, lse_log2, scale_log2, tile);
-    store_accumulators<T>(p_tile(), p, row, column);
-    // dP - delta, from which dS follows by P.
-    Logits ds;
+    Logits s = {};
+    warp_multiply<T, kAlong, kAlong, kHeadDim>(s, q_tile(stage), row, k_tile(), column);
+    mask(s, tile);
+    Logits dp;
 #pragma unroll
     for (int slab = 0; slab < LogitGrid::kSlabs; ++slab) {
 #pragma unroll
       for (int block = 0; block < LogitGrid::kBlocks; ++block) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ds[slab][block][i] = -delta[slab][i / 2];
+        for (int i = 0; i < 4; ++i) dp[slab][block][i] = -delta[slab][i / 2];
       }
     }
-    warp_multiply<T, kAlong, kAlong, kHeadDim>(ds, dout_tile(), row, v_tile(), column);
-#pragma unroll
-    for (int slab = 0; slab < LogitGrid::kSlabs; ++slab) {
-#pragma unroll
-      for (int block = 0; block < LogitGrid::kBlocks; ++block) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) ds[slab][block][i] *= p[slab][block][i];
-      }
-    }
-    store_accumulators<T>(ds_tile(), ds, row, column);
+    warp_multiply<T, kAlong, kAlong, kHeadDim>(dp, dout_tile(stage), row, v_tile(), column);
+    differentiate(s, dp, lse, scale_log2);
+    store_accumulators<T>(p_tile(), s, row, column);
+    store_accumulators<T>(ds_tile(), dp, row, column);
   }
 
-  __device__ __forceinline__ void add_query_gradients(const AttendingTile& tile, int plane, int key_tile,
-                                                      int query_tiles) const {
+  // dQ += dS K in global memory and dK += dS^T Q. The additions come out of registers and queue at the load/store unit,
+  // which the products need for their fragments. So half of the warps add before dK and half behind it: while the ones
+  // wait in that queue the others multiply. Of eight warps each tensor core has one of either half. Where blocks take
+  // turns all add before dK: the next block waits for them.
+  __device__ __forceinline__ void multiply_logit_gradients(KeyGradients& dk, int stage, const AttendingTile& tile,
+                                                           int plane, int key_tile, int query_tiles) const {
+    constexpr Inner kAlong = Inner::kAlongRows, kDown = Inner::kDownRows;
+    const int row = QueryGrid::row(), column = QueryGrid::column();
     QueryGradients dq = {};
-    warp_multiply<T, Inner::kAlongRows, Inner::kDownRows, kTileN>(dq, ds_tile(), QueryGrid::row(), k_tile(),
-                                                                  QueryGrid::column());
-    const RegimeQueries& regime = workspace.regimes[static_cast<int>(tile.regime)];
-    const int head_dim = params.forward.shape.head_dim;
+    warp_multiply<T, kAlong, kDown, kTileN>(dq, ds_tile(), row, k_tile(), column);
     int* turn =
         workspace.turns == nullptr ? nullptr : workspace.turns + static_cast<int64_t>(plane) * query_tiles + tile.index;
     if (turn != nullptr) {
       if (threadIdx.x == 0) wait_for_turn(turn, key_tile);
       __syncthreads();
     }
-    add_rows(regime.dq + (static_cast<int64_t>(plane) * regime.rows + tile.row) * head_dim, dq, QueryGrid::row(),
-             QueryGrid::column(), tile.count, head_dim);
+    const RegimeQueries& regime = workspace.regimes[static_cast<int>(tile.regime)];
+    const int head_dim = params.forward.shape.head_dim;
+    const GradientPieces pieces{regime.rows, head_dim};
+    const int first_row = row + threadIdx.x % 32 / 4;
+    float* target = regime.dq + pieces.offset(plane, tile.row + first_row) +
+                    column / GradientPieces::kColumns * GradientPieces::kElements + threadIdx.x % 4 * 2;
+    constexpr int kPitch = kHeadDim * GradientPieces::kRows;
+    const bool whole = tile.count == kTileM && head_dim == kHeadDim;
+    const bool late = whole && turn == nullptr && threadIdx.x >= kThreads / 2;
+    if (!whole) {
+      add_pieces<false>(target, pieces.pitch(), dq, tile.count - first_row, head_dim - column);
+    } else if (!late) {
+      add_pieces<true>(target, kPitch, dq, kTileM, kHeadDim);
+    }
     if (turn != nullptr) {
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) pass_turn_on(turn);
     }
+    warp_multiply<T, kDown, kDown, kTileM>(dk, ds_tile(), KeyGrid::row(), q_tile(stage), KeyGrid::column());
+    if (late) add_pieces<true>(target, kPitch, dq, kTileM, kHeadDim);
   }
 
   __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int key_tile) const {
@@ -210,14 +232,14 @@ struct BackwardSm80 {
     AttendingTile next = walk.tile(tiling);
     load_keys();
     load_queries(0, next, head);
-    load_out_gradients(next, head);
+    load_out_gradients(0, next, head);
     ptx::cp_async_commit();
     int stage = 0;
     for (bool more = true; more;) {
       const AttendingTile tile = next;
       const int plane = batch * forward.shape.heads + head;
-      Statistics lse_log2, delta;
-      load_statistics(lse_log2, delta, tile, plane);
+      Statistics lse, delta;
+      load_statistics(lse, delta, tile, plane);
       walk.advance(tiling, workspace.rows);
       if (walk.done(tiling)) {
         walk = QueryTileWalk(tiling, workspace.rows, keys.begin);
@@ -228,21 +250,23 @@ struct BackwardSm80 {
       ptx::cp_async_wait<0>();
       __syncthreads();  // Q and dO are there, and every warp has finished with dS and the Q of the tile before
       const int next_stage = kQueryStages == 1 ? 0 : stage ^ 1;
+      differentiate_logits(stage, tile, lse, delta, scale_log2);
       if (kQueryStages > 1 && more) load_queries(next_stage, next, head);
+      if (kDoutStages > 1 && more) load_out_gradients(next_stage, next, head);
       ptx::cp_async_commit();
-      differentiate_logits(stage, tile, lse_log2, delta, scale_log2);
       __syncthreads();  // P and dS are there
-      warp_multiply<T, kDown, kDown, kTileM>(dv, p_tile(), row, dout_tile(), column);
-      __syncthreads();  // every warp has finished with dO
-      if (more) load_out_gradients(next, head);
-      ptx::cp_async_commit();
-      warp_multiply<T, kDown, kDown, kTileM>(dk, ds_tile(), row, q_tile(stage), column);
+      warp_multiply<T, kDown, kDown, kTileM>(dv, p_tile(), row, dout_tile(stage), column);
+      if (kDoutStages == 1) {
+        __syncthreads();  // every warp has finished with dO
+        if (more) load_out_gradients(0, next, head);
+        ptx::cp_async_commit();
+      }
+      multiply_logit_gradients(dk, stage, tile, plane, key_tile, query_tiles);
       if (kQueryStages == 1) {
         __syncthreads();  // every warp has finished with Q
         if (more) load_queries(next_stage, next, head);
         ptx::cp_async_commit();
       }
-      add_query_gradients(tile, plane, key_tile, query_tiles);
       stage = next_stage;
     }
   }

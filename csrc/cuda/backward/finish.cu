@@ -1,4 +1,5 @@
 // dQ: the sum of the regimes' float32 gradients, each rotated back to the queries that were passed in, and scaled.
+#include "cuda/backward/gradient_pieces.h"
 #include "cuda/backward/launchers.h"
 #include "cuda/backward/rows.cuh"
 #include "cuda/common/softmax.cuh"
@@ -10,15 +11,23 @@ namespace {
 // The gradient row of a query in a regime, and the table row by which it is rotated back; negative: by none.
 struct GradientRow {
   const float* data;
+  int chunk_pitch;  // from one kChunk elements to the next
   int table_row;
+
+  __device__ __forceinline__ const float* chunk(int d) const { return data + d / kChunk * chunk_pitch; }
+  __device__ __forceinline__ float operator[](int d) const { return chunk(d)[d % kChunk]; }
 };
+static_assert(GradientPieces::kColumns == kChunk);
 
 __device__ __forceinline__ GradientRow gradient_row(const BackwardParams& params, const BackwardWorkspace& workspace,
                                                     int64_t plane, int query, Regime regime, int row) {
   const ForwardParams& forward = params.forward;
   const RegimeQueries& source = workspace.regimes[static_cast<int>(regime)];
   const bool as_it_is = regime == Regime::kIntra && forward.q_rotated;
-  return {source.dq + (plane * source.rows + row) * forward.shape.head_dim,
+  const int head_dim = forward.shape.head_dim;
+  const int64_t offset = workspace.dq_in_pieces ? GradientPieces{source.rows, head_dim}.offset(plane, row)
+                                                : (plane * source.rows + row) * head_dim;
+  return {source.dq + offset, workspace.dq_in_pieces ? GradientPieces::kElements : kChunk,
           as_it_is ? -1 : forward.geometry.query_rotation(regime, forward.first_position() + query, forward.q_rotated)};
 }
 
@@ -49,8 +58,8 @@ __device__ __forceinline__ void finish_unit(const BackwardParams& params, const 
     const int i = static_cast<int>(regime);
     const GradientRow source = gradient_row(params, workspace, plane, place.query, regime, row);
     table_row[i] = source.table_row;
-    load_floats(source.data + unit.first, a[i]);
-    if (has_second) load_floats(source.data + unit.second, b[i]);
+    load_floats(source.chunk(unit.first), a[i]);
+    if (has_second) load_floats(source.chunk(unit.second), b[i]);
   });
   float first[kChunk] = {}, second[kChunk] = {};
   for_each_regime(params, workspace, place.query, [&](Regime regime, int) {
@@ -73,8 +82,7 @@ __device__ __forceinline__ void finish_elements(const BackwardParams& params, co
     float sum = 0.f;
     for_each_regime(params, workspace, place.query, [&](Regime regime, int row) {
       const GradientRow source = gradient_row(params, workspace, plane, place.query, regime, row);
-      sum += source.table_row < 0 ? source.data[d]
-                                  : rotated_back_element(source.data, d, forward.rotary, source.table_row);
+      sum += source.table_row < 0 ? source[d] : rotated_back_element(source, d, forward.rotary, source.table_row);
     });
     dq[d] = from_float<T>(sum * scale);
   }

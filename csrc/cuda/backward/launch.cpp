@@ -36,8 +36,9 @@ const char* launch_main_loop(const BackwardParams& params, const BackwardWorkspa
 
 }  // namespace
 
-const char* dca_backward(const BackwardParams& call, const BackwardWorkspace& workspace, void* stream) {
+const char* dca_backward(const BackwardParams& call, const BackwardWorkspace& memory, void* stream) {
   BackwardParams params = call;
+  BackwardWorkspace workspace = memory;
   ForwardParams& forward = params.forward;
   if (forward.dtype != DataType::kBFloat16 && forward.dtype != DataType::kFloat16) {
     return "chunkattn's CUDA kernels take bfloat16 and float16";
@@ -56,6 +57,7 @@ const char* dca_backward(const BackwardParams& call, const BackwardWorkspace& wo
   if (status != cudaSuccess) return cudaGetErrorString(status);
   const BackwardVectorPaths vectorized = vector_paths(params, workspace);
   const KernelPlan plan = plan_backward(forward.shape, capability, vectorized.main_loop(), forced_kernel());
+  workspace.dq_in_pieces = plan.kind == KernelChoice::kPortable;
   const char* failure = launch_prepare(params, workspace, vectorized, cuda_stream);
   if (failure == nullptr) {
     failure = forward.dtype == DataType::kBFloat16

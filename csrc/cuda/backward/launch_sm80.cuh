@@ -36,8 +36,13 @@ const char* launch_backward_sm80_sized(const BackwardParams& params, const Backw
 template <typename T, int kHeadDim>
 const char* launch_backward_sm80(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
+  if constexpr (kHeadDim == 256) {
+    if (plan.shared_memory > 163 * 1024) {
+      return launch_backward_sm80_sized<T, kHeadDim, 227>(params, workspace, vectorized, stream);
+    }
+  }
   return plan.shared_memory > 99 * 1024
-             ? launch_backward_sm80_sized<T, kHeadDim, 144>(params, workspace, vectorized, stream)
+             ? launch_backward_sm80_sized<T, kHeadDim, 163>(params, workspace, vectorized, stream)
              : launch_backward_sm80_sized<T, kHeadDim, 99>(params, workspace, vectorized, stream);
 }
 

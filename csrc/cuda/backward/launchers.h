@@ -26,7 +26,7 @@ template <typename T, int kHeadDim>
 const char* launch_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream);
 
-// Writes dq, the sum of the regimes' rotated back.
+// Writes dq, the sum of the regimes' rotated back. workspace.dq_in_pieces is true behind launch_backward_sm80.
 const char* launch_finish(const BackwardParams& params, const BackwardWorkspace& workspace,
                           const BackwardVectorPaths& vectorized, cudaStream_t stream);
 

@@ -3,18 +3,21 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/backward/gradient_pieces.h"
 #include "cuda/backward/tile_sizes.h"
+#include "cuda/common/carver.h"
 #include "kernels.h"
 
 namespace chunkattn::cuda {
 
 namespace {
 
-// Whether a thread block may take 144 KB of shared memory (CUDA C++ Programming Guide, technical specifications per
+// The kilobytes of shared memory that a thread block may take (CUDA C++ Programming Guide, technical specifications per
 // compute capability).
-bool has_large_shared_memory(int compute_capability) {
+int shared_kilobytes(int compute_capability) {
+  if (compute_capability == 80 || compute_capability == 87) return 163;
   const int major = compute_capability / 10;
-  return major == 8 ? compute_capability == 80 || compute_capability == 87 : major != 12;
+  return major == 8 || major == 12 ? 99 : 227;
 }
 
 template <int kHeadDim, int kSharedKilobytes>
@@ -36,28 +39,12 @@ KernelPlan plan_hopper() {
 template <int kHeadDim>
 KernelPlan plan_for_head_dim(int compute_capability, bool hopper) {
   if (hopper) return plan_hopper<kHeadDim>();
-  return has_large_shared_memory(compute_capability) ? plan_portable<kHeadDim, 144>() : plan_portable<kHeadDim, 99>();
-}
-
-// Hands out pieces of a block of memory, or just counts them when there is none yet.
-class Carver {
- public:
-  explicit Carver(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
-
-  template <typename Element>
-  Element* take(int64_t count, size_t element_bytes = sizeof(Element)) {
-    constexpr size_t kAlignment = 256;
-    unsigned char* piece = memory_ == nullptr ? nullptr : memory_ + used_;
-    used_ += (count * element_bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<Element*>(piece);
+  const int kilobytes = shared_kilobytes(compute_capability);
+  if constexpr (kHeadDim == 256) {
+    if (kilobytes == 227) return plan_portable<kHeadDim, 227>();
   }
-
-  size_t used() const { return used_; }
-
- private:
-  unsigned char* memory_;
-  size_t used_ = 0;
-};
+  return kilobytes >= 163 ? plan_portable<kHeadDim, 163>() : plan_portable<kHeadDim, 99>();
+}
 
 }  // namespace
 
@@ -87,7 +74,9 @@ BackwardWorkspace backward_workspace(const BackwardParams& params, bool determin
   }
 
   Carver carver(memory);
-  for (RegimeQueries& regime : workspace.regimes) regime.dq = carver.take<float>(planes * regime.rows * shape.head_dim);
+  for (RegimeQueries& regime : workspace.regimes) {
+    regime.dq = carver.take<float>(planes * GradientPieces{regime.rows, shape.head_dim}.plane());
+  }
   if (deterministic) {
     const QueryTiling tiling{geometry, forward.first_position(), shape.seqlen_k, kBackwardSmallestTileM};
     workspace.turns = carver.take<int>(planes * tiling.count());

@@ -11,47 +11,53 @@ constexpr int kBackwardHeadDims[] = {64, 128, 256};
 // The bounds that workspaces, made before a kernel is chosen, may rely on.
 constexpr int kBackwardSmallestTileM = 32, kBackwardLargestTileM = 128;
 
-// mma.sync, for blocks that may take 144 KB of shared memory (sm_80, sm_90 and their like) and for those that may take
-// 99 KB (sm_86, sm_89, sm_120). dK and dV of a key tile stay in registers, 128 of a thread at head_dim 128 and 256, and
+// mma.sync, by the kilobytes of shared memory a block may take: 227 (sm_90, sm_100 and their like), 163 (sm_80, sm_87)
+// or 99 (sm_86, sm_89, sm_120). dK and dV of a key tile stay in registers, 128 of a thread at head_dim 128 and 256, and
 // S and dP take 64 to 128 more, so that a multiprocessor holds one block. k...Rows: warps one below the other in a
 // product's result, the others side by side. Larger parts per warp use each fragment more often, and more keys in a
-// tile mean fewer additions to dQ.
+// tile mean fewer additions to dQ. With two stages the next Q or dO is copied while this one is used.
 template <int kHeadDim, int kSharedKilobytes>
 struct BackwardSm80Tile;
 
 template <>
-struct BackwardSm80Tile<64, 144> {
-  static constexpr int kTileM = 128, kTileN = 128, kWarps = 8, kQueryStages = 2;
+struct BackwardSm80Tile<64, 163> {
+  static constexpr int kTileM = 128, kTileN = 128, kWarps = 8, kQueryStages = 2, kDoutStages = 2;
   static constexpr int kLogitRows = 4, kKeyRows = 4, kQueryRows = 4;
 };
 
 template <>
-struct BackwardSm80Tile<128, 144> {
-  static constexpr int kTileM = 64, kTileN = 128, kWarps = 8, kQueryStages = 2;
+struct BackwardSm80Tile<128, 163> {
+  static constexpr int kTileM = 64, kTileN = 128, kWarps = 8, kQueryStages = 2, kDoutStages = 2;
   static constexpr int kLogitRows = 2, kKeyRows = 4, kQueryRows = 2;
 };
 
 template <>
-struct BackwardSm80Tile<256, 144> {
-  static constexpr int kTileM = 64, kTileN = 64, kWarps = 8, kQueryStages = 1;
+struct BackwardSm80Tile<256, 227> {
+  static constexpr int kTileM = 64, kTileN = 64, kWarps = 8, kQueryStages = 2, kDoutStages = 2;
+  static constexpr int kLogitRows = 4, kKeyRows = 2, kQueryRows = 2;
+};
+
+template <>
+struct BackwardSm80Tile<256, 163> {
+  static constexpr int kTileM = 64, kTileN = 64, kWarps = 8, kQueryStages = 1, kDoutStages = 1;
   static constexpr int kLogitRows = 4, kKeyRows = 2, kQueryRows = 2;
 };
 
 template <>
 struct BackwardSm80Tile<64, 99> {
-  static constexpr int kTileM = 64, kTileN = 128, kWarps = 8, kQueryStages = 2;
+  static constexpr int kTileM = 64, kTileN = 128, kWarps = 8, kQueryStages = 2, kDoutStages = 1;
   static constexpr int kLogitRows = 2, kKeyRows = 4, kQueryRows = 2;
 };
 
 template <>
 struct BackwardSm80Tile<128, 99> {
-  static constexpr int kTileM = 64, kTileN = 64, kWarps = 8, kQueryStages = 2;
+  static constexpr int kTileM = 64, kTileN = 64, kWarps = 8, kQueryStages = 2, kDoutStages = 1;
   static constexpr int kLogitRows = 4, kKeyRows = 2, kQueryRows = 2;
 };
 
 template <>
 struct BackwardSm80Tile<256, 99> {
-  static constexpr int kTileM = 32, kTileN = 32, kWarps = 4, kQueryStages = 2;
+  static constexpr int kTileM = 32, kTileN = 32, kWarps = 4, kQueryStages = 2, kDoutStages = 1;
   static constexpr int kLogitRows = 2, kKeyRows = 1, kQueryRows = 1;
 };
 
@@ -92,8 +98,8 @@ constexpr size_t backward_sm90_tile_bytes() {
 template <int kHeadDim, int kSharedKilobytes>
 constexpr size_t backward_sm80_shared_bytes() {
   using Tile = BackwardSm80Tile<kHeadDim, kSharedKilobytes>;
-  constexpr size_t kBytes =
-      2 * (((Tile::kQueryStages + 1) * Tile::kTileM + 2 * Tile::kTileN) * kHeadDim + 2 * Tile::kTileM * Tile::kTileN);
+  constexpr int kQueryRows = (Tile::kQueryStages + Tile::kDoutStages) * Tile::kTileM;
+  constexpr size_t kBytes = 2 * ((kQueryRows + 2 * Tile::kTileN) * kHeadDim + 2 * Tile::kTileM * Tile::kTileN);
   static_assert(kBytes <= kSharedKilobytes * 1024);
   return kBytes;
 }

@@ -36,4 +36,27 @@ __device__ __forceinline__ void copy_rows_async(const RowTile<kRows, kHeadDim>& 
   }
 }
 
+// The same for rows that do not follow one another: row i of the tile is `source`'s row `index_of(i)`.
+template <int kThreads, typename T, int kRows, int kHeadDim, typename IndexOf>
+__device__ __forceinline__ void copy_scattered_rows_async(const RowTile<kRows, kHeadDim>& shared, const T* source,
+                                                          int64_t stride, int valid, int head_dim, bool vectorized,
+                                                          IndexOf&& index_of) {
+  constexpr int kChunksPerRow = kHeadDim / kChunk;
+  constexpr int kRowStep = kThreads / kChunksPerRow;
+  const int chunk = threadIdx.x % kChunksPerRow;
+#pragma unroll 4
+  for (int row = threadIdx.x / kChunksPerRow; row < kRows; row += kRowStep) {
+    const bool inside = row < valid && chunk * kChunk < head_dim;
+    const T* pointer = inside ? source + index_of(row) * stride + chunk * kChunk : source;
+    if (vectorized) {
+      ptx::cp_async_16(shared.address(row, chunk), pointer, inside);
+    } else {
+      for (int i = 0; i < kChunk; ++i) {
+        const T x = inside && chunk * kChunk + i < head_dim ? pointer[i] : from_float<T>(0.f);
+        store_shared(shared.address(row, chunk) + i * 2, reinterpret_cast<const uint16_t&>(x));
+      }
+    }
+  }
+}
+
 }  // namespace chunkattn::cuda

@@ -15,34 +15,22 @@ __device__ __forceinline__ void add_pair(float* target, float first, float secon
 #endif
 }
 
-// Adds a warp's accumulators (layout: softmax.cuh) to float32 rows of head_dim elements. `dq` is the tile's first row,
-// `valid` the tile's rows; the warp's part begins at `row` and `column`.
-template <int kSlabs, int kBlocks>
-__device__ __forceinline__ void add_rows(float* dq, const float (&gradients)[kSlabs][kBlocks][4], int row, int column,
-                                         int valid, int head_dim) {
-  const int lane = threadIdx.x % 32;
-  const bool whole_pairs = head_dim % 2 == 0 && column + kBlocks * 8 <= head_dim;
-  row += lane / 4;
-  column += lane % 4 * 2;
+// Adds a warp's accumulators (layout: softmax.cuh) to GradientPieces. `target` is where this thread's first pair goes,
+// `pitch` leads to the rows eight further on. Of the rows and columns from the thread's first row and the warp's first
+// column on, `rows` and `columns` are there; kWhole says that all are, which leaves no branches.
+template <bool kWhole, int kSlabs, int kBlocks>
+__device__ __forceinline__ void add_pieces(float* target, int pitch, const float (&gradients)[kSlabs][kBlocks][4],
+                                           int rows, int columns) {
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int n = row + slab * 16 + half * 8;
-      if (n >= valid) continue;
-      float* target = dq + static_cast<int64_t>(n) * head_dim + column;
-      if (whole_pairs) {
+      if (!kWhole && slab * 16 + half * 8 >= rows) continue;
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-          add_pair(target + block * 8, gradients[slab][block][2 * half], gradients[slab][block][2 * half + 1]);
-        }
-      } else {
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-          const int left = head_dim - column - block * 8;
-          if (left >= 1) atomicAdd(target + block * 8, gradients[slab][block][2 * half]);
-          if (left >= 2) atomicAdd(target + block * 8 + 1, gradients[slab][block][2 * half + 1]);
-        }
+      for (int block = 0; block < kBlocks; ++block) {
+        if (!kWhole && block * 8 >= columns) continue;
+        add_pair(target + (slab * 2 + half) * pitch + block * 64, gradients[slab][block][2 * half],
+                 gradients[slab][block][2 * half + 1]);
       }
     }
   }

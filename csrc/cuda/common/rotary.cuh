@@ -190,9 +190,9 @@ __device__ __forceinline__ void rotate_unit_back(float (&first)[kChunk], float (
   }
 }
 
-// Element d of a float32 row, rotated back. For any alignment.
-__device__ __forceinline__ float rotated_back_element(const float* row, int d, const RotaryTable& table,
-                                                      int table_row) {
+// Element d of a float32 row, rotated back. For any alignment. `row` is indexed by the element.
+template <typename Row>
+__device__ __forceinline__ float rotated_back_element(const Row& row, int d, const RotaryTable& table, int table_row) {
   if (d >= table.rotary_dim) return row[d];
   const RotaryPair pair = rotary_pair(table, d);
   const int64_t index = table_row * table.row_stride + pair.index;

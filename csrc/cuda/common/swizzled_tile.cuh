@@ -45,7 +45,8 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
 template <int kRows, int kColumns>
 struct RowTile {
   static constexpr int kChunksPerRow = kColumns / kChunk;
-  static constexpr int kBytes = kRows * kColumns * 2;
+  static constexpr int kPitch = kColumns * 2;
+  static constexpr int kBytes = kRows * kPitch;
   static constexpr int kRowsPerLine = kChunksPerRow < 8 ? 8 / kChunksPerRow : 1;  // a line is 128 bytes, all banks
   static constexpr int kChunksPermuted = kChunksPerRow < 8 ? kChunksPerRow : 8;
 
@@ -53,6 +54,12 @@ struct RowTile {
 
   __device__ __forceinline__ uint32_t address(int row, int chunk) const {
     return base + (row * kChunksPerRow + (chunk ^ (row / kRowsPerLine % kChunksPermuted))) * 16;
+  }
+
+  // address(row, chunk + chunks) from `address`, that of (row, chunk): `chunk` and `chunks` have no bit in common. Rows
+  // eight apart lie 8 kPitch apart. So all fragments of a tile share a few registers of addresses.
+  static __device__ __forceinline__ uint32_t along(uint32_t address, int chunks) {
+    return (address ^ (chunks % kChunksPermuted * 16)) + chunks / kChunksPermuted * kChunksPermuted * 16;
   }
 };
 

@@ -45,4 +45,10 @@ inline TileSchedule make_tile_schedule(const ForwardParams& params, int tile_m) 
   return {tiling.count(), shape.batch * shape.heads, static_cast<int>(group)};
 }
 
+// Where tiles attend lists of regions, those that share a list follow one another.
+inline TileSchedule make_region_tile_schedule(const ForwardParams& params, int heads_per_list, int tile_m) {
+  const QueryTiling tiling{params.geometry, params.first_position(), params.shape.seqlen_k, tile_m};
+  return {tiling.count(), params.shape.batch * params.shape.heads, heads_per_list};
+}
+
 }  // namespace chunkattn::cuda

@@ -11,47 +11,61 @@ namespace chunkattn::cuda {
 enum class Inner { kAlongRows, kDownRows };
 
 // c += a b, where c is this warp's rows from `row` and columns from `column` on (layout: softmax.cuh), over kInner.
-// Fragments are loaded one product ahead, so that their latency hides behind it.
+// Fragments are loaded eight instructions ahead or more, so that their latency hides behind them.
 template <typename T, Inner kA, Inner kB, int kInner, int kSlabs, int kBlocks, typename TileA, typename TileB>
 __device__ __forceinline__ void warp_multiply(float (&c)[kSlabs][kBlocks][4], const TileA& a_tile, int row,
                                               const TileB& b_tile, int column) {
   constexpr int kSteps = kInner / 16;
   constexpr int kPairs = kBlocks / 2;
   static_assert(kSteps * 16 == kInner && kPairs * 2 == kBlocks);
+  static_assert((kSlabs & (kSlabs - 1)) == 0 && (kBlocks & (kBlocks - 1)) == 0,
+                "RowTile::along wants bits of their own");
+  constexpr int kAheadB = 4 / kSlabs > 0 ? 4 / kSlabs : 1;  // pairs
+  constexpr int kAheadA = (kAheadB + kPairs - 1) / kPairs;  // steps
   const int lane = threadIdx.x % 32;
-  uint32_t a[2][kSlabs][4], b[2][4];
+  const uint32_t first_a = kA == Inner::kAlongRows
+                               ? a_tile.address(row + lane % 16, lane / 16)
+                               : a_tile.address(lane % 8 + lane / 16 * 8, row / kChunk + lane / 8 % 2);
+  const uint32_t first_b = kB == Inner::kAlongRows ? b_tile.address(column + lane % 8 + lane / 16 * 8, lane / 8 % 2)
+                                                   : b_tile.address(lane % 16, column / kChunk + lane / 16);
+  uint32_t a[kAheadA + 1][kSlabs][4], b[kAheadB + 1][4];
   const auto load_a = [&](int step) {
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
       if constexpr (kA == Inner::kAlongRows) {
-        ptx::ldmatrix_x4(a[step % 2][slab], a_tile.address(row + slab * 16 + lane % 16, step * 2 + lane / 16));
+        ptx::ldmatrix_x4(a[step % (kAheadA + 1)][slab], TileA::along(first_a, step * 2) + slab * 16 * TileA::kPitch);
       } else {
-        ptx::ldmatrix_x4_trans(a[step % 2][slab], a_tile.address(step * 16 + lane % 8 + lane / 16 * 8,
-                                                                 row / kChunk + slab * 2 + lane / 8 % 2));
+        ptx::ldmatrix_x4_trans(a[step % (kAheadA + 1)][slab],
+                               TileA::along(first_a, slab * 2) + step * 16 * TileA::kPitch);
       }
     }
   };
-  const auto load_b = [&](int index) {
-    const int step = index / kPairs, pair = index % kPairs;
+  const auto load_b = [&](int step, int pair) {
+    uint32_t (&fragment)[4] = b[(step * kPairs + pair) % (kAheadB + 1)];
     if constexpr (kB == Inner::kAlongRows) {
-      ptx::ldmatrix_x4(b[index % 2],
-                       b_tile.address(column + pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+      ptx::ldmatrix_x4(fragment, TileB::along(first_b, step * 2) + pair * 16 * TileB::kPitch);
     } else {
-      ptx::ldmatrix_x4_trans(b[index % 2],
-                             b_tile.address(step * 16 + lane % 16, column / kChunk + pair * 2 + lane / 16));
+      ptx::ldmatrix_x4_trans(fragment, TileB::along(first_b, pair * 2) + step * 16 * TileB::kPitch);
     }
   };
-  load_a(0);
-  load_b(0);
 #pragma unroll
-  for (int index = 0; index < kSteps * kPairs; ++index) {
-    const int step = index / kPairs, pair = index % kPairs;
-    if (pair + 1 == kPairs && step + 1 < kSteps) load_a(step + 1);
-    if (index + 1 < kSteps * kPairs) load_b(index + 1);
+  for (int step = 0; step < kAheadA && step < kSteps; ++step) load_a(step);
 #pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab) {
-      ptx::mma_m16n8k16<T>(c[slab][2 * pair], a[step % 2][slab], b[index % 2][0], b[index % 2][1]);
-      ptx::mma_m16n8k16<T>(c[slab][2 * pair + 1], a[step % 2][slab], b[index % 2][2], b[index % 2][3]);
+  for (int index = 0; index < kAheadB && index < kSteps * kPairs; ++index) load_b(index / kPairs, index % kPairs);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    if (step + kAheadA < kSteps) load_a(step + kAheadA);
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int index = step * kPairs + pair, ahead = index + kAheadB;
+      if (ahead < kSteps * kPairs) load_b(ahead / kPairs, ahead % kPairs);
+#pragma unroll
+      for (int slab = 0; slab < kSlabs; ++slab) {
+        const uint32_t (&left)[4] = a[step % (kAheadA + 1)][slab];
+        const uint32_t (&right)[4] = b[index % (kAheadB + 1)];
+        ptx::mma_m16n8k16<T>(c[slab][2 * pair], left, right[0], right[1]);
+        ptx::mma_m16n8k16<T>(c[slab][2 * pair + 1], left, right[2], right[3]);
+      }
     }
   }
 }
@@ -61,13 +75,14 @@ template <typename T, int kSlabs, int kBlocks, typename Tile>
 __device__ __forceinline__ void store_accumulators(const Tile& tile, const float (&c)[kSlabs][kBlocks][4], int row,
                                                    int column) {
   const int lane = threadIdx.x % 32;
+  const uint32_t first = tile.address(row + lane / 4, column / kChunk) + lane % 4 * 4;
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        store_shared(tile.address(row + slab * 16 + half * 8 + lane / 4, column / kChunk + block) + lane % 4 * 4,
+        store_shared(Tile::along(first, block) + (slab * 16 + half * 8) * Tile::kPitch,
                      pack2<T>(c[slab][block][2 * half], c[slab][block][2 * half + 1]));
       }
     }

@@ -1,23 +1,23 @@
 // The portable forward main loop: mma.sync and cp.async, for sm_80 and everything after it.
 //
 // One thread block owns one query tile of one head. Its key tiles come from KeyTileWalk; whenever the regime changes,
-// the queries are read again and rotated anew into the one Q buffer, while the softmax state simply carries on. K and V
-// have one buffer each: V(n) arrives while S = Q K(n)^T is computed, K(n + 1) while P V(n) is.
+// queries that have a rotation for it are read again into the one Q buffer, while the softmax state simply carries on.
+// K and V have one buffer each: V(n) arrives while S = Q K(n)^T is computed, K(n + 1) while P V(n) is.
 #pragma once
 
-#include "cuda/common/copy_rows.cuh"
 #include "cuda/common/key_tiles.cuh"
 #include "cuda/common/mask.cuh"
 #include "cuda/common/query_tile.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/tile_schedule.h"
 #include "cuda/common/vector_paths.h"
+#include "cuda/forward/key_source.cuh"
 #include "cuda/forward/tile_sizes.h"
 #include "cuda/ptx/mma_sync.cuh"
 
 namespace chunkattn::cuda {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Keys>
 struct ForwardSm80 {
   using Sizes = ForwardSm80Tile<kHeadDim>;
   static constexpr int kTileM = Sizes::kTileM;
@@ -47,15 +47,17 @@ struct ForwardSm80 {
     }
     // Fragments are loaded one product ahead, so that their latency hides behind it.
     constexpr int kPairs = kKeyBlocks / 2;
+    const uint32_t first_a = q.address(warp_row + lane % 16, lane / 16);
+    const uint32_t first_b = k.address(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     uint32_t a[2][kSlabs][4], b[2][4];
     const auto load_a = [&](int step) {
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
-        ptx::ldmatrix_x4(a[step % 2][slab], q.address(warp_row + slab * 16 + lane % 16, step * 2 + lane / 16));
+        ptx::ldmatrix_x4(a[step % 2][slab], QueryShared::along(first_a, step * 2) + slab * 16 * QueryShared::kPitch);
       }
     };
     const auto load_b = [&](int step, int pair) {
-      ptx::ldmatrix_x4(b[pair % 2], k.address(pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+      ptx::ldmatrix_x4(b[pair % 2], KeyShared::along(first_b, step * 2) + pair * 16 * KeyShared::kPitch);
     };
     static_assert(kPairs % 2 == 0, "the next step starts in the other fragment buffer");
     load_a(0);
@@ -80,9 +82,10 @@ struct ForwardSm80 {
   static __device__ __forceinline__ void multiply_values(Output& output, const Logits& p, const KeyShared& v) {
     const int lane = threadIdx.x % 32;
     constexpr int kPairs = kDimBlocks / 2;
+    const uint32_t first_b = v.address(lane % 16, lane / 16);
     uint32_t a[kSlabs][4], b[2][4];
     const auto load_b = [&](int step, int pair) {
-      ptx::ldmatrix_x4_trans(b[pair % 2], v.address(step * 16 + lane % 16, pair * 2 + lane / 16));
+      ptx::ldmatrix_x4_trans(b[pair % 2], KeyShared::along(first_b, pair * 2) + step * 16 * KeyShared::kPitch);
     };
     load_b(0, 0);
 #pragma unroll
@@ -103,7 +106,7 @@ struct ForwardSm80 {
   }
 
   static __device__ __forceinline__ void run(const ForwardParams& params, const VectorPaths& vectorized,
-                                             const TileSchedule& schedule) {
+                                             const Keys& source, const TileSchedule& schedule) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     const QueryShared q_tile{ptx::shared_address(shared_memory)};
     const KeyShared k_tile{q_tile.base + QueryShared::kBytes};
@@ -122,14 +125,13 @@ struct ForwardSm80 {
     const T* v = static_cast<const T*>(params.v) + batch * params.v_strides.batch + kv_head * params.v_strides.head;
     const float scale_log2 = logit_scale(params, batch) * kLog2E;
 
+    const auto keys = source.reader(batch, head, queries);
     const auto load_k = [&](const KeyTile& tile) {
-      copy_rows_async<kThreads>(k_tile, k + tile.begin * params.k_strides.seq, params.k_strides.seq, tile.valid,
-                                params.shape.head_dim, vectorized.k);
+      keys.template copy<kThreads>(k_tile, k, params.k_strides.seq, tile, params.shape.head_dim, vectorized.k);
       ptx::cp_async_commit();
     };
     const auto load_v = [&](const KeyTile& tile) {
-      copy_rows_async<kThreads>(v_tile, v + tile.begin * params.v_strides.seq, params.v_strides.seq, tile.valid,
-                                params.shape.head_dim, vectorized.v);
+      keys.template copy<kThreads>(v_tile, v, params.v_strides.seq, tile, params.shape.head_dim, vectorized.v);
       ptx::cp_async_commit();
     };
     const auto load_q = [&](Regime regime) {
@@ -137,7 +139,7 @@ struct ForwardSm80 {
     };
 
     __shared__ SegmentList segments;
-    if (threadIdx.x == 0) segments = params.geometry.segments(queries);
+    if (threadIdx.x == 0) segments = source.segments(params, batch, head, queries);
     __syncthreads();
     KeyTileWalk<kTileN> walk(segments, queries.begin);
     KeyTile tile = walk.tile();
@@ -167,7 +169,7 @@ struct ForwardSm80 {
       if (softmax.update(logits, scale_log2, shrink)) scale_rows(output, shrink);
       multiply_values(output, logits, v_tile);
       if (last) break;
-      if (tile.regime != current.regime) load_q(tile.regime);
+      if (Keys::kRotatesQueries && tile.regime != current.regime) load_q(tile.regime);
     }
 
     float normalise[kSlabs][2], lse[kSlabs][2];

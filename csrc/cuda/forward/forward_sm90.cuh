@@ -2,9 +2,9 @@
 //
 // Thread blocks are persistent. Of the first warpgroup, warp 0 takes tiles from the schedule and loads K and V; its
 // other three warps prepare queries: they read them, rotate them for a regime and write them to the next free Q slot,
-// so that the rotation the next segment (or the next tile) needs is ready before its keys arrive. The other warpgroups
-// each own 64 rows of the tile and walk its key tiles with one softmax state that regimes do not interrupt. Everybody
-// waits on full/empty pairs of mbarriers: see Control.
+// so that the rotation the next segment (or the next tile) needs is ready before its keys arrive. Queries that are
+// attended as they are warp 0 loads itself. The other warpgroups each own 64 rows of the tile and walk its key tiles
+// with one softmax state that regimes do not interrupt. Everybody waits on full/empty pairs of mbarriers: see Control.
 #pragma once
 
 #include "cuda/common/key_tiles.cuh"
@@ -15,6 +15,7 @@
 #include "cuda/common/tile_schedule.h"
 #include "cuda/common/vector_paths.h"
 #include "cuda/common/warpgroup_multiply.cuh"
+#include "cuda/forward/key_source.cuh"
 #include "cuda/forward/tile_sizes.h"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/warpgroup.cuh"
@@ -32,7 +33,7 @@ struct TileWork {
   SegmentList segments;
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Keys>
 struct ForwardSm90 {
   using Sizes = ForwardSm90Tile<kHeadDim>;
   static constexpr int kTileM = Sizes::kTileM;
@@ -64,6 +65,7 @@ struct ForwardSm90 {
 
   const ForwardParams& params;
   const VectorPaths& vectorized;
+  const Keys& source;
   uint32_t shared;  // Q slots, then K stages, then V stages
   Control& control;
 
@@ -75,7 +77,7 @@ struct ForwardSm90 {
 
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < kQueryStages; ++i) {
-      ptx::mbarrier_init(control.query_full + i, kQueryThreads);
+      ptx::mbarrier_init(control.query_full + i, Keys::kRotatesQueries ? kQueryThreads : 1);
       ptx::mbarrier_init(control.query_empty + i, kConsumers * 128);  // every thread: each wrote output there
     }
     for (int i = 0; i < kStages; ++i) {
@@ -86,7 +88,8 @@ struct ForwardSm90 {
     }
     for (int i = 0; i < kWorkStages; ++i) {
       ptx::mbarrier_init(control.work_full + i, 1);
-      ptx::mbarrier_init(control.work_empty + i, kConsumers * 128 + kQueryThreads);  // every thread has read it
+      // Every thread has read it, beside the warp that publishes.
+      ptx::mbarrier_init(control.work_empty + i, kConsumers * 128 + (Keys::kRotatesQueries ? kQueryThreads : 0));
     }
     ptx::mbarrier_init_fence();
   }
@@ -110,7 +113,7 @@ struct ForwardSm90 {
       work.kv_head = work.head / (params.shape.heads / params.shape.kv_heads);
       work.queries = tiling.tile(item.tile);
       work.first_query = work.queries.begin - params.first_position();
-      work.segments = params.geometry.segments(work.queries);
+      work.segments = source.segments(params, work.batch, work.head, work.queries);
     }
     ptx::mbarrier_arrive(control.work_full + ring.index);
     ring.advance();
@@ -154,6 +157,80 @@ struct ForwardSm90 {
         if (token < 0) break;
         pending = token;
       }
+      ring.advance();
+    }
+  }
+
+  // Where the copy engine finds this lane's box of a key tile: behind the last key, where only zeros are, when the tile
+  // has nothing to attend there.
+  __device__ __forceinline__ int box_token(const KeyTile& tile, const ListedRegions& regions) const {
+    const int key = threadIdx.x % 32 * source.box_rows;
+    if (key >= tile.valid) return params.shape.seqlen_k;
+    return tile.regime == Regime::kIntra ? tile.begin + key : regions.token(tile.begin + key);
+  }
+
+  // One warp. Each lane knows where its box begins, the first has the copy engine bring all of them.
+  __device__ __forceinline__ void load_boxes(const KeyShared& tile, const CUtensorMap* map, uint64_t* full, int token,
+                                             const TileWork& work) const {
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) ptx::mbarrier_arrive_expect(full, KeyShared::kBytes);
+    for (int row = 0, box = 0; row < kTileN; row += source.box_rows, ++box) {
+      const int box_begin = __shfl_sync(0xffffffffu, token, box);
+      if (lane != 0) continue;
+#pragma unroll
+      for (int panel = 0; panel < KeyShared::kPanels; ++panel) {
+        ptx::tma_load_4d(tile.base + panel * KeyShared::kPanelBytes + row * 128, map, full, panel * 64, box_begin,
+                         work.kv_head, work.batch);
+      }
+    }
+  }
+
+  // One thread.
+  __device__ __forceinline__ void load_query_tile(const CUtensorMap* map, int slot, const TileWork& work) const {
+    ptx::mbarrier_arrive_expect(control.query_full + slot, QueryShared::kBytes);
+#pragma unroll
+    for (int panel = 0; panel < QueryShared::kPanels; ++panel) {
+      ptx::tma_load_4d(query_tile(slot).base + panel * QueryShared::kPanelBytes, map, control.query_full + slot,
+                       panel * 64, work.first_query, work.head, work.batch);
+    }
+  }
+
+  // One warp, whose first lane alone waits and publishes. K runs a tile ahead of V, as above.
+  __device__ __forceinline__ void load_queries_and_regions(const CUtensorMap* query_map, const CUtensorMap* key_map,
+                                                           const CUtensorMap* value_map, const TileSchedule& schedule,
+                                                           int* tile_counter) const {
+    const bool leads = threadIdx.x % 32 == 0;
+    Ring<kWorkStages> published;
+    Ring<kWorkStages> ring;
+    Ring<kQueryStages> queries;
+    Ring<kStages> keys, values;
+    if (leads) publish(published, schedule, blockIdx.x);
+    while (true) {
+      __syncwarp();  // the tile is published
+      const TileWork& work = control.work[ring.index];
+      if (work.plane < 0) return;
+      const ListedRegions regions = source.lists.of(work.batch, work.head, work.queries.begin);
+      int pending = -1;  // this lane's box of the tile whose keys are under way and whose values are not
+      for (KeyTileWalk<kTileN> walk(work.segments, work.queries.begin);; walk.advance()) {
+        const int token = walk.done() ? -1 : box_token(walk.tile(), regions);
+        if (token >= 0) {
+          if (leads) keys.wait_empty(control.key_empty);
+          load_boxes(key_tile(keys.index), key_map, control.key_full + keys.index, token, work);
+          keys.advance();
+        }
+        if (pending >= 0) {
+          if (leads) values.wait_empty(control.value_empty);
+          load_boxes(value_tile(values.index), value_map, control.value_full + values.index, pending, work);
+          values.advance();
+        } else if (leads) {
+          queries.wait_empty(control.query_empty);
+          load_query_tile(query_map, queries.index, work);
+          publish(published, schedule, static_cast<int64_t>(gridDim.x) + atomicAdd(tile_counter, 1));
+        }
+        if (token < 0) break;
+        pending = token;
+      }
+      queries.advance();
       ring.advance();
     }
   }
@@ -287,9 +364,11 @@ struct ForwardSm90 {
     const auto advance = [&] {
       if (!walk.advance_in_segment()) {
         if (!walk.open_segment()) return false;
-        ptx::mbarrier_arrive(control.query_empty + rings.queries.index);
-        rings.queries.advance();
-        rings.queries.wait_full(control.query_full);
+        if constexpr (Keys::kRotatesQueries) {
+          ptx::mbarrier_arrive(control.query_empty + rings.queries.index);
+          rings.queries.advance();
+          rings.queries.wait_full(control.query_full);
+        }
       }
       rings.keys.wait_full(control.key_full);
       return true;
@@ -361,13 +440,15 @@ struct ForwardSm90 {
     finish_store(rings);  // shared memory lasts until then
   }
 
+  // Without a query_map queries are rotated on their way.
   static __device__ __forceinline__ void run(const ForwardParams& params, const VectorPaths& vectorized,
-                                             const TileSchedule& schedule, const CUtensorMap& key_map,
+                                             const Keys& source, const TileSchedule& schedule,
+                                             const CUtensorMap* query_map, const CUtensorMap& key_map,
                                              const CUtensorMap& value_map, const CUtensorMap& output_map,
                                              int* tile_counter) {
     extern __shared__ __align__(1024) unsigned char shared_memory[];
     constexpr size_t kControlOffset = kSharedBytes - sizeof(Control);
-    const ForwardSm90 self{params, vectorized, ptx::shared_address(shared_memory),
+    const ForwardSm90 self{params, vectorized, source, ptx::shared_address(shared_memory),
                            *reinterpret_cast<Control*>(shared_memory + kControlOffset)};
     // The shuffle tells ptxas that the index is uniform, and so are the descriptors made of it.
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
@@ -375,7 +456,11 @@ struct ForwardSm90 {
     __syncthreads();
     if (warpgroup == 0) {
       ptx::registers_decrease<Sizes::kProducerRegisters>();
-      if (threadIdx.x >= 32) {
+      if constexpr (!Keys::kRotatesQueries) {
+        if (threadIdx.x < 32) {
+          self.load_queries_and_regions(query_map, &key_map, &value_map, schedule, tile_counter);
+        }
+      } else if (threadIdx.x >= 32) {
         self.prepare_queries(threadIdx.x - 32);
       } else if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&key_map);

@@ -1,7 +1,9 @@
-// The global function of the Hopper forward kernel and its launcher. Included by the instantiations only.
+// The global functions of the Hopper forward kernel and their launchers. Included by the instantiations only.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <numeric>
 
 #include "cuda/common/tensor_map.h"
 #include "cuda/forward/forward_sm90.cuh"
@@ -10,50 +12,97 @@
 namespace chunkattn::cuda {
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(ForwardSm90<T, kHeadDim>::kThreads, 1)
+__global__ void __launch_bounds__(ForwardSm90<T, kHeadDim, ChunkKeys>::kThreads, 1)
     dca_forward_sm90(const __grid_constant__ ForwardParams params, const __grid_constant__ VectorPaths vectorized,
                      const __grid_constant__ TileSchedule schedule, const __grid_constant__ CUtensorMap key_map,
                      const __grid_constant__ CUtensorMap value_map, const __grid_constant__ CUtensorMap output_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  ForwardSm90<T, kHeadDim>::run(params, vectorized, schedule, key_map, value_map, output_map, params.tile_counter);
+  ForwardSm90<T, kHeadDim, ChunkKeys>::run(params, vectorized, ChunkKeys{}, schedule, nullptr, key_map, value_map,
+                                           output_map, params.tile_counter);
 #endif
 }
 
 template <typename T, int kHeadDim>
-const char* launch_forward_sm90(const ForwardParams& params, const VectorPaths& vectorized, const KernelPlan& plan,
-                                cudaStream_t stream) {
-  const TileSchedule schedule = make_tile_schedule(params, plan.tile_m);
-  if (schedule.count() > INT32_MAX) return "q has too many query tiles for one launch";
-  CUtensorMap key_map, value_map, output_map{};
+__global__ void __launch_bounds__(ForwardSm90<T, kHeadDim, RegionKeys>::kThreads, 1)
+    select_merge_forward_sm90(const __grid_constant__ ForwardParams params,
+                              const __grid_constant__ VectorPaths vectorized, const __grid_constant__ RegionKeys keys,
+                              const __grid_constant__ TileSchedule schedule,
+                              const __grid_constant__ CUtensorMap query_map,
+                              const __grid_constant__ CUtensorMap key_map,
+                              const __grid_constant__ CUtensorMap value_map,
+                              const __grid_constant__ CUtensorMap output_map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  ForwardSm90<T, kHeadDim, RegionKeys>::run(params, vectorized, keys, schedule, &query_map, key_map, value_map,
+                                            output_map, params.tile_counter);
+#endif
+}
+
+// Describes K and V in boxes of `key_rows` rows, and the output. Returns null, or what failed.
+inline const char* encode_maps(const ForwardParams& params, const VectorPaths& vectorized, int key_rows,
+                               CUtensorMap* key_map, CUtensorMap* value_map, CUtensorMap* output_map) {
   const AttentionShape& shape = params.shape;
   const RowTensor k{params.k, params.k_strides, shape.batch, shape.seqlen_k, shape.kv_heads, shape.head_dim};
   const RowTensor v{params.v, params.v_strides, shape.batch, shape.seqlen_k, shape.kv_heads, shape.head_dim};
-  const char* failure = encode_row_map(&key_map, k, params.dtype, plan.tile_n);
-  if (failure == nullptr) failure = encode_row_map(&value_map, v, params.dtype, plan.tile_n);
+  const char* failure = encode_row_map(key_map, k, params.dtype, key_rows);
+  if (failure == nullptr) failure = encode_row_map(value_map, v, params.dtype, key_rows);
   if (failure == nullptr && vectorized.out) {
     const RowTensor out{params.out, params.out_strides, shape.batch, shape.seqlen_q, shape.heads, shape.head_dim};
     constexpr int kWarpgroupRows = 64;
-    failure = encode_row_map(&output_map, out, params.dtype, kWarpgroupRows);
+    failure = encode_row_map(output_map, out, params.dtype, kWarpgroupRows);
   }
-  if (failure != nullptr) return failure;
+  return failure;
+}
 
-  const auto kernel = &dca_forward_sm90<T, kHeadDim>;
-  constexpr size_t kSharedBytes = ForwardSm90<T, kHeadDim>::kSharedBytes;
+// Launches a block for each multiprocessor, as far as there are tiles; blocks take tiles from the counter.
+template <typename... Parameters, typename... Arguments>
+const char* launch_persistent(void (*kernel)(Parameters...), int threads, size_t shared_bytes, int64_t tiles,
+                              int* tile_counter, cudaStream_t stream, const Arguments&... arguments) {
+  if (tiles > INT32_MAX) return "q has too many query tiles for one launch";
   int device = 0, multiprocessors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) {
     status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   }
-  if (status == cudaSuccess) status = cudaMemsetAsync(params.tile_counter, 0, sizeof(int), stream);
+  if (status == cudaSuccess) status = cudaMemsetAsync(tile_counter, 0, sizeof(int), stream);
   if (status != cudaSuccess) return cudaGetErrorString(status);
-  const int blocks = schedule.count() < multiprocessors ? static_cast<int>(schedule.count()) : multiprocessors;
-  kernel<<<blocks, ForwardSm90<T, kHeadDim>::kThreads, kSharedBytes, stream>>>(params, vectorized, schedule, key_map,
-                                                                               value_map, output_map);
+  const int blocks = tiles < multiprocessors ? static_cast<int>(tiles) : multiprocessors;
+  kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
   status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+template <typename T, int kHeadDim>
+const char* launch_forward_sm90(const ForwardParams& params, const VectorPaths& vectorized, const KernelPlan& plan,
+                                cudaStream_t stream) {
+  using Kernel = ForwardSm90<T, kHeadDim, ChunkKeys>;
+  const TileSchedule schedule = make_tile_schedule(params, plan.tile_m);
+  CUtensorMap key_map, value_map, output_map{};
+  const char* failure = encode_maps(params, vectorized, plan.tile_n, &key_map, &value_map, &output_map);
+  if (failure != nullptr) return failure;
+  return launch_persistent(&dca_forward_sm90<T, kHeadDim>, Kernel::kThreads, Kernel::kSharedBytes, schedule.count(),
+                           params.tile_counter, stream, params, vectorized, schedule, key_map, value_map, output_map);
+}
+
+template <typename T, int kHeadDim>
+const char* launch_region_forward_sm90(const ForwardParams& params, const AttendedRegions& regions,
+                                       const VectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
+  using Kernel = ForwardSm90<T, kHeadDim, RegionKeys>;
+  const RegionKeys keys{regions, std::gcd(regions.geometry.region_size, plan.tile_n)};
+  const TileSchedule schedule = make_region_tile_schedule(params, regions.heads_per_list, plan.tile_m);
+  const AttentionShape& shape = params.shape;
+  const RowTensor q{params.q, params.q_strides, shape.batch, shape.seqlen_q, shape.heads, shape.head_dim};
+  CUtensorMap query_map, key_map, value_map, output_map{};
+  const char* failure = encode_row_map(&query_map, q, params.dtype, plan.tile_m);
+  if (failure == nullptr) {
+    failure = encode_maps(params, vectorized, keys.box_rows, &key_map, &value_map, &output_map);
+  }
+  if (failure != nullptr) return failure;
+  return launch_persistent(&select_merge_forward_sm90<T, kHeadDim>, Kernel::kThreads, Kernel::kSharedBytes,
+                           schedule.count(), params.tile_counter, stream, params, vectorized, keys, schedule, query_map,
+                           key_map, value_map, output_map);
 }
 
 }  // namespace chunkattn::cuda

@@ -5,6 +5,7 @@
 
 #include "cuda/common/vector_paths.h"
 #include "cuda/forward/plan.h"
+#include "cuda/select_merge/attended_regions.h"
 #include "params.h"
 
 namespace chunkattn::cuda {
@@ -18,5 +19,14 @@ const char* launch_forward_sm80(const ForwardParams& params, const VectorPaths& 
 template <typename T, int kHeadDim>
 const char* launch_forward_sm90(const ForwardParams& params, const VectorPaths& vectorized, const KernelPlan& plan,
                                 cudaStream_t stream);
+
+// The same of select-and-merge attention, its params made by group_attention(). The Hopper kernel needs aligned rows of
+// q, and regions of a multiple of 8 tokens, too.
+template <typename T, int kHeadDim>
+const char* launch_region_forward_sm80(const ForwardParams& params, const AttendedRegions& regions,
+                                       const VectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream);
+template <typename T, int kHeadDim>
+const char* launch_region_forward_sm90(const ForwardParams& params, const AttendedRegions& regions,
+                                       const VectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream);
 
 }  // namespace chunkattn::cuda

@@ -40,7 +40,9 @@ KernelPlan plan_forward(const AttentionShape& shape, int compute_capability, boo
   const bool hopper = compute_capability == 90 && aligned;
   if (choice == KernelChoice::kHopper && !hopper) {
     throw std::invalid_argument(
-        "the hopper kernel needs compute capability 9.0 and rows of k and v that start on multiples of 16 bytes");
+        "the hopper kernel needs compute capability 9.0 and rows that start on multiples of 16 bytes, of k and v, and "
+        "in "
+        "select_merge of q, with a region_size that is a multiple of 8");
   }
   const KernelChoice kind =
       hopper && choice != KernelChoice::kPortable ? KernelChoice::kHopper : KernelChoice::kPortable;

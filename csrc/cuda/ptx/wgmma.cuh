@@ -83,7 +83,8 @@ struct Wgmma;
 // ss: a and b in shared memory, rows of both along the outer dimension, or kRowsAlongK; `accumulate` false starts from
 // zero.
 // rs: a in registers, b with rows along K (a value tile as it lies in memory).
-#define CHUNKATTN_WGMMA(TYPE, PTX_TYPE, N, P0, P1, P2, P3, P4)                                                         \
+// rs_rows: a in registers, b with rows along the outer dimension; `accumulate` false starts from zero.
+#define CHUNKATTN_WGMMA(TYPE, PTX_TYPE, N, P0, P1, P2, P3, P4, P5)                                                     \
   template <>                                                                                                          \
   struct Wgmma<TYPE, N> {                                                                                              \
     template <bool kRowsAlongK = false>                                                                                \
@@ -103,16 +104,25 @@ struct Wgmma;
           : CHUNKATTN_ACCUMULATORS_##N(d)                                                                              \
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                       \
     }                                                                                                                  \
+    static __device__ __forceinline__ void rs_rows(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b,           \
+                                                   bool accumulate) {                                                  \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P5                                                             \
+                   ", 0;\n"                                                                                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE " " CHUNKATTN_REGISTERS_##N \
+                   ", {%" P0 ", %" P1 ", %" P2 ", %" P3 "}, %" P4 ", p, 1, 1, 0;\n}\n"                                 \
+                   : CHUNKATTN_ACCUMULATORS_##N(d)                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));           \
+    }                                                                                                                  \
   };
 
-CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 64, "32", "33", "34", "35", "36")
-CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 80, "40", "41", "42", "43", "44")
-CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 128, "64", "65", "66", "67", "68")
-CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 256, "128", "129", "130", "131", "132")
-CHUNKATTN_WGMMA(__half, "f16", 64, "32", "33", "34", "35", "36")
-CHUNKATTN_WGMMA(__half, "f16", 80, "40", "41", "42", "43", "44")
-CHUNKATTN_WGMMA(__half, "f16", 128, "64", "65", "66", "67", "68")
-CHUNKATTN_WGMMA(__half, "f16", 256, "128", "129", "130", "131", "132")
+CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 64, "32", "33", "34", "35", "36", "37")
+CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 80, "40", "41", "42", "43", "44", "45")
+CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 128, "64", "65", "66", "67", "68", "69")
+CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 256, "128", "129", "130", "131", "132", "133")
+CHUNKATTN_WGMMA(__half, "f16", 64, "32", "33", "34", "35", "36", "37")
+CHUNKATTN_WGMMA(__half, "f16", 80, "40", "41", "42", "43", "44", "45")
+CHUNKATTN_WGMMA(__half, "f16", 128, "64", "65", "66", "67", "68", "69")
+CHUNKATTN_WGMMA(__half, "f16", 256, "128", "129", "130", "131", "132", "133")
 
 #undef CHUNKATTN_WGMMA
 #undef CHUNKATTN_REGISTERS_64

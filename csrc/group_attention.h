@@ -1,12 +1,12 @@
 // Select-and-merge attention in the terms of dual chunk attention: a group is a chunk whose earlier chunks are replaced
-// by lists of regions (TileSegments), and rows that nothing rotates are rows that arrive rotated.
+// by lists of regions, and rows that nothing rotates are rows that arrive rotated. No torch, no CUDA types.
 #pragma once
 
 #include <algorithm>
 
 #include "params.h"
 
-namespace chunkattn::cpu {
+namespace chunkattn {
 
 inline ForwardParams group_attention(const SelectMergeParams& params) {
   ForwardParams forward{};
@@ -45,4 +45,4 @@ inline BackwardParams group_attention(const SelectMergeBackwardParams& params) {
   return backward;
 }
 
-}  // namespace chunkattn::cpu
+}  // namespace chunkattn

@@ -1,0 +1,211 @@
+// From the regions each row lists to those a group keeps: puts the lists in order, and walks them rank by rank.
+#include "cuda/select/launchers.h"
+#include "cuda/select/row_candidates.cuh"
+
+namespace chunkattn::cuda {
+
+namespace {
+
+inline int power_of_two_from(int n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+// kTeam threads, a warp or the block.
+template <int kTeam>
+__device__ __forceinline__ void sync_team() {
+  if constexpr (kTeam == 32) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+// Bitonic sort of `count` elements, a power of two, in shared memory; `before(a, b)` says that a belongs before b.
+template <int kTeam, typename Element, typename Before>
+__device__ __forceinline__ void sort_shared(Element* data, int count, Before&& before) {
+  for (int size = 2; size <= count; size *= 2) {
+    for (int stride = size / 2; stride > 0; stride /= 2) {
+      for (int i = threadIdx.x % kTeam; i < count / 2; i += kTeam) {
+        const int first = 2 * i - (i & (stride - 1)), second = first + stride;
+        const Element a = data[first], b = data[second];
+        const bool forward = (first & size) == 0;
+        if (forward ? before(b, a) : before(a, b)) {
+          data[first] = b;
+          data[second] = a;
+        }
+      }
+      sync_team<kTeam>();
+    }
+  }
+}
+
+constexpr int kSortThreads = 256;
+
+// Each team sorts a row's list in shared memory and writes its region ids where the list was; -1 behind the last.
+template <int kTeam>
+__global__ void __launch_bounds__(kSortThreads)
+    sort_lists_kernel(const __grid_constant__ SelectPass pass, int padded_entries) {
+  extern __shared__ uint64_t sort_memory[];
+  const int team = threadIdx.x / kTeam;
+  const int row = blockIdx.x * (kSortThreads / kTeam) + team;
+  if (pass.rule.row_end(row) == 0) return;
+  const int top_k = pass.rule.top_k;
+  uint64_t* list = pass.workspace.lists + (static_cast<int64_t>(blockIdx.y) * pass.rule.regions + row) * top_k;
+  uint64_t* entries = sort_memory + team * padded_entries;
+  for (int i = threadIdx.x % kTeam; i < padded_entries; i += kTeam) entries[i] = i < top_k ? list[i] : 0;
+  sync_team<kTeam>();
+  sort_shared<kTeam>(entries, padded_entries, [](uint64_t a, uint64_t b) { return a > b; });
+  int* ids = reinterpret_cast<int*>(list);
+  for (int i = threadIdx.x % kTeam; i < top_k; i += kTeam) ids[i] = listed_region(entries[i]);
+}
+
+constexpr int kMergeThreads = 128;
+
+// The regions a group has kept so far and those of the rows in work, as a hash table in shared memory.
+struct RegionTable {
+  static constexpr int kNone = -1;
+
+  int* regions;  // [slots], kNone where free
+  int* finders;  // [slots], the first thread that found the region in this step; kKept once it is kept
+  int slots;     // a power of two
+
+  static constexpr int kKept = -1;
+
+  __device__ __forceinline__ void clear() const {
+    for (int i = threadIdx.x; i < slots; i += kMergeThreads) {
+      regions[i] = kNone;
+      finders[i] = INT32_MAX;
+    }
+  }
+
+  // Returns the region's slot.
+  __device__ __forceinline__ int find(int region) const {
+    uint32_t slot = static_cast<uint32_t>(region) * 2654435769u >> 7 & (slots - 1);
+    while (true) {
+      const int found = atomicCAS(regions + slot, kNone, region);
+      if (found == kNone || found == region) break;
+      slot = (slot + 1) & (slots - 1);
+    }
+    atomicMin(finders + slot, static_cast<int>(threadIdx.x));
+    return static_cast<int>(slot);
+  }
+};
+
+// Writes the place of this thread among those with `chosen`, in order of threads; returns how many there are.
+__device__ __forceinline__ int place_among(bool chosen, int* warp_counts, int* place) {
+  const uint32_t votes = __ballot_sync(0xffffffffu, chosen);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (lane == 0) warp_counts[warp] = __popc(votes);
+  __syncthreads();
+  int before = __popc(votes & ((1u << lane) - 1)), all = 0;
+#pragma unroll
+  for (int i = 0; i < kMergeThreads / 32; ++i) {
+    before += i < warp ? warp_counts[i] : 0;
+    all += warp_counts[i];
+  }
+  *place = before;
+  return all;
+}
+
+// The rows' lists of ids are walked rank by rank, and within a rank in steps of kMergeThreads rows. Writes the regions
+// that are seen first, at most top_k, and returns how many there are.
+__device__ __forceinline__ int walk_lists(const SelectPass& pass, int group, int plane, const RegionTable& table,
+                                          int* kept) {
+  __shared__ int warp_counts[kMergeThreads / 32];
+  const SelectionRule& rule = pass.rule;
+  const int voters = rule.voter_count(group), top_k = rule.top_k;
+  const int64_t first_row = static_cast<int64_t>(plane) * rule.regions + rule.first_voter(group);
+  const auto load = [&](int rank, int step) {
+    const int row = step * kMergeThreads + threadIdx.x;
+    if (row >= voters || rank >= top_k) return RegionTable::kNone;
+    return reinterpret_cast<const int*>(pass.workspace.lists + (first_row + row) * top_k)[rank];
+  };
+  const int steps = (voters + kMergeThreads - 1) / kMergeThreads;
+  int count = 0, rank = 0, step = 0;
+  bool listed = false;  // by any row at this rank
+  int next = load(0, 0);
+  while (rank < top_k && count < top_k) {
+    const int region = next;
+    const bool last = step + 1 == steps;
+    next = last ? load(rank + 1, 0) : load(rank, step + 1);
+    const int slot = region == RegionTable::kNone ? -1 : table.find(region);
+    listed |= __syncthreads_or(slot >= 0) != 0;
+    const bool first_seen = slot >= 0 && table.finders[slot] == static_cast<int>(threadIdx.x);
+    int place;
+    const int found = place_among(first_seen, warp_counts, &place);
+    if (first_seen) {
+      if (count + place < top_k) kept[count + place] = region;
+      table.finders[slot] = RegionTable::kKept;
+    }
+    count = count + found < top_k ? count + found : top_k;
+    if (last) {
+      if (!listed) break;
+      listed = false;
+      ++rank;
+    }
+    step = last ? 0 : step + 1;
+    __syncthreads();  // the table says what is kept
+  }
+  return count;
+}
+
+// One block for each group.
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_kernel(const __grid_constant__ SelectPass pass, int slots, int padded_top_k) {
+  extern __shared__ int merge_memory[];
+  const int group = blockIdx.x, top_k = pass.rule.top_k;
+  for (int plane = blockIdx.y; plane < pass.planes; plane += gridDim.y) {
+    const int64_t index = static_cast<int64_t>(pass.first_plane + plane) * pass.rule.groups + group;
+    int* indices = pass.params.indices + index * top_k;
+    if (pass.rule.keeps_all(group)) {
+      const int all = pass.rule.eligible(group);
+      for (int i = threadIdx.x; i < top_k; i += kMergeThreads) indices[i] = i < all ? i : -1;
+      continue;
+    }
+    const RegionTable table{merge_memory, merge_memory + slots, slots};
+    int* kept = merge_memory + 2 * slots;
+    table.clear();
+    for (int i = threadIdx.x; i < padded_top_k; i += kMergeThreads) kept[i] = INT32_MAX;
+    __syncthreads();
+    const int count = walk_lists(pass, group, plane, table, kept);
+    __syncthreads();
+    sort_shared<kMergeThreads>(kept, padded_top_k, [](int a, int b) { return a < b; });
+    for (int i = threadIdx.x; i < top_k; i += kMergeThreads) indices[i] = i < count ? kept[i] : -1;
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+const char* launch_sort_lists(const SelectPass& pass, cudaStream_t stream) {
+  constexpr int kLargestOfWarp = 512;
+  const int padded = power_of_two_from(pass.rule.top_k);
+  const bool by_warp = padded <= kLargestOfWarp;
+  const int rows_per_block = by_warp ? kSortThreads / 32 : 1;
+  const size_t shared_bytes = static_cast<size_t>(rows_per_block) * padded * sizeof(uint64_t);
+  const dim3 grid((pass.rule.regions + rows_per_block - 1) / rows_per_block, pass.planes);
+  const auto kernel = by_warp ? &sort_lists_kernel<32> : &sort_lists_kernel<kSortThreads>;
+  kernel<<<grid, kSortThreads, shared_bytes, stream>>>(pass, padded);
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+const char* launch_merge(const SelectPass& pass, cudaStream_t stream) {
+  const bool walks = pass.workspace.lists != nullptr;
+  // No more than half full: the kept regions, and those of one step.
+  const int slots = walks ? power_of_two_from(2 * (pass.rule.top_k + kMergeThreads)) : 0;
+  const int padded = walks ? power_of_two_from(pass.rule.top_k) : 0;
+  const size_t shared_bytes = (2 * static_cast<size_t>(slots) + padded) * sizeof(int);
+  const cudaError_t sized =
+      cudaFuncSetAttribute(&merge_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (sized != cudaSuccess) return cudaGetErrorString(sized);
+  constexpr int kLargestGridY = 65535;
+  const dim3 grid(pass.rule.groups, pass.planes < kLargestGridY ? pass.planes : kLargestGridY);
+  merge_kernel<<<grid, kMergeThreads, shared_bytes, stream>>>(pass, slots, padded);
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace chunkattn::cuda

@@ -1,0 +1,254 @@
+// The streaming top-k of a warp's 16 rows. Scores come tile by tile in tensor-core accumulators (layout: softmax.cuh).
+//
+// Each row has a threshold, at first below everything. A score that reaches it is appended to the row's candidates in
+// global memory; the four lanes of a quad share a row, and every fourth candidate belongs to the same lane, so that
+// nobody has to ask where to write. When a lane has no room for another tile, the warp reduces the row: it finds a
+// threshold that about top_k candidates reach and drops the others. So of n scores in random order about
+// top_k * log(n / top_k) are ever stored, and the scores themselves are never.
+//
+// Tiles come from right to left: a score equal to the threshold then belongs to a lower index, which wins the tie.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cfloat>
+
+#include "cuda/select/sizes.h"
+
+namespace chunkattn::cuda {
+
+// Ordered as the scores are; the zeros are equal.
+__device__ __forceinline__ uint32_t ordered_bits(float score) {
+  const uint32_t bits = __float_as_uint(score + 0.f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered_bits(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// Entries of the finished lists: larger is better, ties go to the lowest region. 0 where a row lists fewer.
+__device__ __forceinline__ uint64_t list_entry(uint32_t ordered_score, int region) {
+  return static_cast<uint64_t>(ordered_score) << 32 | ~static_cast<uint32_t>(region);
+}
+__device__ __forceinline__ int listed_region(uint64_t entry) {
+  return entry == 0 ? -1 : static_cast<int>(~static_cast<uint32_t>(entry));
+}
+
+// kInRegisters: a reduction reads the candidates once; there are kRegisterCandidates then. Otherwise it reads them
+// again for every step of its search.
+template <bool kInRegisters>
+class RowCandidates {
+ public:
+  // `memory` has room for 16 rows of `capacity`, each on a multiple of its size: the addresses of a row's candidates
+  // then differ in their lower words alone.
+  __device__ __forceinline__ RowCandidates(uint64_t* memory, int capacity, int top_k)
+      : memory_(memory), capacity_(capacity), top_k_(top_k) {
+    restart();
+  }
+
+  __device__ __forceinline__ void restart() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      threshold_[half] = -FLT_MAX;
+      cursor_[half] = begin(half);
+    }
+  }
+
+  // Takes a tile's scores, of which the lane's first belongs to region `first`. Scores of -inf and NaN are left out.
+  template <int kBlocks>
+  __device__ __forceinline__ void append(const float (&scores)[kBlocks][4], int first) {
+    const uint32_t upper[2] = {upper_word(0), upper_word(1)};
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        asm volatile(
+            "{\n"
+            ".reg .pred reaches;\n"
+            ".reg .b64 address;\n"
+            "setp.ge.f32 reaches, %1, %2;\n"
+            "mov.b64 address, {%0, %3};\n"
+            "@reaches st.global.v2.b32 [address], {%4, %5};\n"
+            "@reaches add.u32 %0, %0, 32;\n"
+            "}\n"
+            : "+r"(cursor_[i / 2])
+            : "f"(scores[block][i]), "f"(threshold_[i / 2]), "r"(upper[i / 2]), "r"(first + block * 8 + i % 2),
+              "r"(__float_as_uint(scores[block][i]))
+            : "memory");
+      }
+    }
+  }
+
+  // Whether some row has no room for another tile of kColumns. The same for all lanes.
+  template <int kColumns>
+  __device__ __forceinline__ bool full() const {
+    return __any_sync(0xffffffffu, lane_full<kColumns>(0) | lane_full<kColumns>(1));
+  }
+
+  // Reduces the rows that are full. At the end (`lists` is not null, the warp's first row in it) all of them, to the
+  // top_k best, and writes these there: the first `rows` rows.
+  template <int kColumns>
+  __device__ __forceinline__ void reduce(uint64_t* lists, int rows) {
+    __syncwarp();  // what other lanes appended
+    const uint32_t quads_full[2] = {__ballot_sync(0xffffffffu, lane_full<kColumns>(0)),
+                                    __ballot_sync(0xffffffffu, lane_full<kColumns>(1))};
+#pragma unroll 1
+    for (int row = 0; row < 16; ++row) {
+      const bool needed = lists != nullptr ? row < rows : (quads_full[row / 8] >> row % 8 * 4 & 15) != 0;
+      if (needed) reduce_row(row, lists);
+    }
+  }
+
+ private:
+  static constexpr int kPerLane = kInRegisters ? kRegisterCandidates / 32 : 1;
+
+  uint64_t* memory_;
+  int capacity_;
+  int top_k_;
+  float threshold_[2];  // of rows lane / 4 and lane / 4 + 8
+  uint32_t cursor_[2];  // lower word of the address of the lane's next candidate
+
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  __device__ __forceinline__ uint64_t* row_memory(int row) const { return memory_ + row * capacity_; }
+  __device__ __forceinline__ uint64_t first_address(int half) const {
+    return reinterpret_cast<uint64_t>(row_memory(lane() / 4 + 8 * half) + lane() % 4);
+  }
+  __device__ __forceinline__ uint32_t begin(int half) const { return static_cast<uint32_t>(first_address(half)); }
+  __device__ __forceinline__ uint32_t upper_word(int half) const {
+    return static_cast<uint32_t>(first_address(half) >> 32);
+  }
+  __device__ __forceinline__ int stored(int half) const { return (cursor_[half] - begin(half)) / 32; }
+  template <int kColumns>
+  __device__ __forceinline__ bool lane_full(int half) const {
+    return stored(half) > capacity_ / 4 - kColumns / 4;
+  }
+
+  // A row's candidates as the whole warp sees them: lane l has those at l, l + 32, ... that were stored by lane l % 4
+  // of the row's quad.
+  struct RowView {
+    const uint64_t* memory;
+    int valid;                // how many that lane stored
+    uint32_t keys[kPerLane];  // ordered scores; 0, which no score has, where there is no candidate
+  };
+
+  static __device__ __forceinline__ uint64_t load(const uint64_t* entry) {
+    uint64_t x;
+    asm volatile("ld.global.cg.b64 %0, [%1];\n" : "=l"(x) : "l"(entry) : "memory");
+    return x;
+  }
+  static __device__ __forceinline__ uint32_t key_of(uint64_t candidate) {
+    return ordered_bits(__uint_as_float(static_cast<uint32_t>(candidate >> 32)));
+  }
+  static __device__ __forceinline__ int region_of(uint64_t candidate) {
+    return static_cast<int>(static_cast<uint32_t>(candidate));
+  }
+
+  // Calls f(index, key) for the lane's candidates, index counting them.
+  template <typename Function>
+  __device__ __forceinline__ void for_each(const RowView& row, Function&& f) const {
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) f(i, row.keys[i]);
+    } else {
+#pragma unroll 8
+      for (int i = 0; i < capacity_ / 32; ++i) {
+        f(i, i * 8 + lane() / 4 < row.valid ? key_of(load(row.memory + i * 32 + lane())) : 0);
+      }
+    }
+  }
+
+  template <typename Predicate>
+  __device__ __forceinline__ int count(const RowView& row, Predicate&& predicate) const {
+    int found = 0;
+    for_each(row, [&](int i, uint32_t key) { found += predicate(i, key) ? 1 : 0; });
+    return static_cast<int>(__reduce_add_sync(0xffffffffu, found));
+  }
+
+  // All regions before the result, of those whose key is `key`, are `wanted`. Rows have many equal scores rarely.
+  __device__ __forceinline__ int tie_end(const RowView& row, uint32_t key, int wanted) const {
+    int low = 0, high = INT32_MAX;
+    while (low < high) {
+      const int middle = low + (high - low) / 2;
+      const int found = count(row, [&](int i, uint32_t other) {
+        return other == key && region_of(load(row.memory + i * 32 + lane())) < middle;
+      });
+      if (found < wanted) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  __device__ __forceinline__ void reduce_row(int index, uint64_t* lists) {
+    const int quad = index % 8 * 4, half = index / 8;
+    const int mine = half == 0 ? stored(0) : stored(1);
+    RowView row;
+    row.memory = row_memory(index);
+    row.valid = __shfl_sync(0xffffffffu, mine, quad + lane() % 4);
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        row.keys[i] = i * 8 + lane() / 4 < row.valid ? key_of(load(row.memory + i * 32 + lane())) : 0;
+      }
+    }
+
+    uint32_t largest = 0;
+    for_each(row, [&](int, uint32_t key) { largest = key > largest ? key : largest; });
+    // At least top_k candidates reach `low`, fewer reach `high`; or all are kept.
+    uint32_t low = __shfl_sync(0xffffffffu, ordered_bits(half == 0 ? threshold_[0] : threshold_[1]), quad);
+    uint32_t high = __reduce_max_sync(0xffffffffu, largest) + 1;
+    const int allowed = top_k_ + (lists == nullptr ? kReductionSlack : 0);
+    int kept = count(row, [&](int, uint32_t key) { return key >= low; });
+    int better = 0;  // reach `high`
+    while (kept > allowed && high - low > 1) {
+      const uint32_t middle = low + (high - low) / 2;
+      const int reaching = count(row, [&](int, uint32_t key) { return key >= middle; });
+      if (reaching >= top_k_) {
+        low = middle;
+        kept = reaching;
+      } else {
+        high = middle;
+        better = reaching;
+      }
+    }
+    int end_of_ties = INT32_MAX;
+    if (kept > allowed) {  // all keys below `high` equal `low`
+      end_of_ties = tie_end(row, low, top_k_ - better);
+      kept = top_k_;
+    }
+
+    uint64_t* target = lists == nullptr ? row_memory(index) : lists + static_cast<int64_t>(index) * top_k_;
+    int written = 0;
+    for_each(row, [&](int i, uint32_t key) {
+      // What is written lies before what is still to be read: the target may be the row itself.
+      const uint64_t candidate = key >= low ? load(row.memory + i * 32 + lane()) : 0;
+      const bool keep = key > low || (key == low && region_of(candidate) < end_of_ties);
+      const uint32_t keepers = __ballot_sync(0xffffffffu, keep);
+      if (keep) {
+        const int place = written + __popc(keepers & ((1u << lane()) - 1));
+        target[place] = lists == nullptr ? candidate : list_entry(key, region_of(candidate));
+      }
+      written += __popc(keepers);
+    });
+    if (lists != nullptr) {
+      for (int i = written + lane(); i < top_k_; i += 32) target[i] = 0;
+      return;
+    }
+    __syncwarp();
+    if (lane() / 4 == index % 8) {
+      const float threshold = from_ordered_bits(low);
+      const uint32_t cursor = begin(half) + (kept - lane() % 4 + 3) / 4 * 32;
+      if (half == 0) {
+        threshold_[0] = threshold;
+        cursor_[0] = cursor;
+      } else {
+        threshold_[1] = threshold;
+        cursor_[1] = cursor;
+      }
+    }
+  }
+};
+
+}  // namespace chunkattn::cuda

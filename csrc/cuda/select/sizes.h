@@ -1,0 +1,34 @@
+// Sizes that the kernels of the selection and their workspace agree on. No CUDA types.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace chunkattn::cuda {
+
+// Rows that a thread block scores together, in the kernel with the fewest and in the one with the most.
+constexpr int kSmallestRowBlock = 64;
+constexpr int kLargestRowBlock = 128;
+
+// Thread blocks of a launch: every multiprocessor of today's devices has one.
+constexpr int kMaximumBlocks = 160;
+
+// What the tensors of one pass may take beside the candidates.
+constexpr int64_t kPassBytes = int64_t{1200} << 20;
+constexpr int64_t kMaximumPlanes = 65535;  // of a pass: the second dimension of a grid
+
+// Merging keeps its lists in shared memory.
+constexpr int kLargestTopK = 4096;
+
+// A row has room for what it keeps and for what it finds between two reductions: a power of two.
+constexpr int kRegisterCandidates = 1024;  // as many as a warp can hold in registers
+constexpr int kReductionSlack = 64;        // a reduction may leave so many more than top_k
+constexpr int kLargestTileColumns = 128;
+
+inline int candidates_per_row(int top_k) {
+  int capacity = kRegisterCandidates;
+  while (capacity < top_k + top_k / 4 + kReductionSlack + 2 * kLargestTileColumns) capacity *= 2;
+  return capacity;
+}
+
+}  // namespace chunkattn::cuda
