@@ -1,4 +1,5 @@
-// Appends new keys, rotated, and values to the cache.
+// What runs before the attention of many queries: new keys, rotated, and values are appended to the cache, and queries
+// that see nothing get their results.
 #include <cuda_runtime.h>
 
 #include "cuda/decode/cache_rows.cuh"
@@ -44,7 +45,33 @@ const char* launch(const DecodeParams& params, cudaStream_t stream) {
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
+// A thread block for each sequence; few have such queries.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) clear_unseeing_kernel(const __grid_constant__ DecodeParams params) {
+  const int batch = static_cast<int>(blockIdx.x);
+  const int total = sequence_lengths(params, __ldg(params.cache.cache_seqlens + batch)).total;
+  const int unseeing = params.seqlen_q - total;
+  for (int64_t i = threadIdx.x; i < int64_t{unseeing} * params.heads * params.head_dim; i += kThreads) {
+    const int d = static_cast<int>(i % params.head_dim);
+    const int head = static_cast<int>(i / params.head_dim % params.heads);
+    const int query = static_cast<int>(i / params.head_dim / params.heads);
+    static_cast<T*>(params.out)[batch * params.out_strides.batch + query * params.out_strides.seq +
+                                head * params.out_strides.head + d] = from_float<T>(0.f);
+    if (d == 0) {
+      params.softmax_lse[(static_cast<int64_t>(batch) * params.heads + head) * params.seqlen_q + query] = -INFINITY;
+    }
+  }
+}
+
 }  // namespace
+
+const char* launch_clear_unseeing(const DecodeParams& params, cudaStream_t stream) {
+  const auto kernel =
+      params.dtype == DataType::kBFloat16 ? &clear_unseeing_kernel<__nv_bfloat16> : &clear_unseeing_kernel<__half>;
+  kernel<<<params.batch, kThreads, 0, stream>>>(params);
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
 
 const char* launch_append(const DecodeParams& params, cudaStream_t stream) {
   return params.dtype == DataType::kBFloat16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);

@@ -24,9 +24,8 @@ const char* describe_device(DecodeDevice* device) {
 }
 
 template <typename T>
-const char* launch(const DecodeParams& params, const DecodeWorkspace& workspace, const DecodePlan& plan,
-                   bool dependent_launch, cudaStream_t stream) {
-  const DecodePaths paths = decode_paths(params);
+const char* launch(const DecodeParams& params, const DecodeWorkspace& workspace, const DecodePaths& paths,
+                   const DecodePlan& plan, bool dependent_launch, cudaStream_t stream) {
   switch (plan.head_dim_padded) {
     case 64:
       return launch_decode<T, 64>(params, workspace, paths, plan, dependent_launch, stream);
@@ -56,15 +55,17 @@ const char* dca_decode(const DecodeParams& params, const DecodeWorkspace& worksp
   if (const char* failure = describe_device(&device)) return failure;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const DecodePlan plan = plan_decode(params, device);
+  const DecodePaths paths = decode_paths(params);
   const bool attends = params.batch > 0 && plan.rows > 0;
+  if (attends && is_prefill(params, device, paths)) return launch_prefill(params, workspace, device, cuda_stream);
   if (params.batch > 0 && params.seqlen_new > 0 && !(attends && plan.fused_append)) {
     if (const char* failure = launch_append(params, cuda_stream)) return failure;
   }
   if (!attends) return nullptr;
   const bool dependent_launch = device.compute_capability >= 90;
   return params.dtype == DataType::kBFloat16
-             ? launch<__nv_bfloat16>(params, workspace, plan, dependent_launch, cuda_stream)
-             : launch<__half>(params, workspace, plan, dependent_launch, cuda_stream);
+             ? launch<__nv_bfloat16>(params, workspace, paths, plan, dependent_launch, cuda_stream)
+             : launch<__half>(params, workspace, paths, plan, dependent_launch, cuda_stream);
 }
 
 }  // namespace chunkattn::cuda

@@ -12,10 +12,13 @@ struct SequenceLengths {
   int total;   // after it
 };
 
-CHUNKATTN_HOST_DEVICE SequenceLengths sequence_lengths(const DecodeParams& params, int cache_seqlen) {
-  const int capacity = params.cache.capacity;
+CHUNKATTN_HOST_DEVICE SequenceLengths sequence_lengths(int capacity, int seqlen_new, int cache_seqlen) {
   const int stored = cache_seqlen < 0 ? 0 : cache_seqlen < capacity ? cache_seqlen : capacity;
-  return {stored, params.seqlen_new < capacity - stored ? stored + params.seqlen_new : capacity};
+  return {stored, seqlen_new < capacity - stored ? stored + seqlen_new : capacity};
+}
+
+CHUNKATTN_HOST_DEVICE SequenceLengths sequence_lengths(const DecodeParams& params, int cache_seqlen) {
+  return sequence_lengths(params.cache.capacity, params.seqlen_new, cache_seqlen);
 }
 
 // May be negative: such a query sees no key.
