@@ -176,10 +176,10 @@ void test_lengths() {
   CHECK(first.begin == 0 && first.end == 16 && last.begin == 32 && last.end == 40, "tiles of ", plan.tile_rows);
   const SequenceLengths lengths = chunkattn::cuda::sequence_lengths(params, 100);
   CHECK(chunkattn::cuda::first_query_position(params, lengths) == 100, "position");
-  CHECK(chunkattn::cuda::visible_tiles(params, plan, first, lengths) == 2, "116 keys");
-  CHECK(chunkattn::cuda::visible_tiles(params, plan, last, lengths) == 3, "140 keys");
+  CHECK(chunkattn::cuda::visible_tiles(params, plan.tile_keys, first, lengths) == 2, "116 keys");
+  CHECK(chunkattn::cuda::visible_tiles(params, plan.tile_keys, last, lengths) == 3, "140 keys");
   params.seqlen_new = 0;
-  CHECK(chunkattn::cuda::visible_tiles(params, plan, last, {0, 0}) == 1, "no keys");
+  CHECK(chunkattn::cuda::visible_tiles(params, plan.tile_keys, last, {0, 0}) == 1, "no keys");
 }
 
 }  // namespace

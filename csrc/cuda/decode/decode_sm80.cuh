@@ -22,6 +22,7 @@ namespace chunkattn::cuda {
 template <typename T, int kHeadDim, bool kFloat8, bool kManyRows>
 struct DecodeSm80 {
   using Sizes = DecodeSizes<kHeadDim, kFloat8, kManyRows>;
+  using Schedule = DecodeSchedule<Sizes::kTileN, kManyRows>;
   using Products = DecodeProducts<T, kFloat8>;
   using Stream = KeyStream<T, kHeadDim, kFloat8, kManyRows>;
   using KeyTile = typename Stream::Tile;
@@ -67,7 +68,7 @@ struct DecodeSm80 {
     return params.geometry.chunk_begin(max(position, 0));
   }
 
-  __device__ __forceinline__ PieceRows piece_rows(const DecodeSchedule& schedule, const Piece& piece) const {
+  __device__ __forceinline__ PieceRows piece_rows(const Schedule& schedule, const Piece& piece) const {
     PieceRows rows;
     rows.lengths = schedule.lengths(piece.batch);
     rows.first_position = first_query_position(params, rows.lengths);
@@ -299,7 +300,7 @@ struct DecodeSm80 {
   }
 
   __device__ __forceinline__ void store_piece(const float* sums, const SoftmaxState (&states)[kTeams][kTileM],
-                                              const DecodeSchedule& schedule, const Piece& piece) const {
+                                              const Schedule& schedule, const Piece& piece) const {
     if (piece.whole()) {
       store_output(sums, states, piece.batch);
     } else {
@@ -321,7 +322,7 @@ struct DecodeSm80 {
     float* sums = reinterpret_cast<float*>(shared_memory);
 
     ptx::let_next_kernel_start();
-    const DecodeSchedule schedule(params, plan, row_tile, group);
+    const Schedule schedule(params, plan, row_tile, group);
     if (!schedule.has_work()) return;
     Stream stream(params, schedule, kv_head, plan.fused_append, paths.cache);
 

@@ -15,13 +15,14 @@ namespace chunkattn::cuda {
 template <typename T, int kHeadDim, bool kFloat8, bool kManyRows>
 class KeyStream {
   using Sizes = DecodeSizes<kHeadDim, kFloat8, kManyRows>;
+  using Schedule = DecodeSchedule<Sizes::kTileN, kManyRows>;
   using Bits = typename CacheElement<kFloat8>::Bits;
 
  public:
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(Bits));
   using Tile = RowTile<Sizes::kTileN, kRowBytes / 2>;
 
-  __device__ __forceinline__ KeyStream(const DecodeParams& params, const DecodeSchedule& schedule, int kv_head,
+  __device__ __forceinline__ KeyStream(const DecodeParams& params, const Schedule& schedule, int kv_head,
                                        bool fused_append, bool vectorized)
       : params_(params),
         schedule_(schedule),
@@ -173,7 +174,7 @@ class KeyStream {
   }
 
   const DecodeParams& params_;
-  const DecodeSchedule& schedule_;
+  const Schedule& schedule_;
   const int kv_head_;
   const bool fused_append_;
   const bool vectorized_;

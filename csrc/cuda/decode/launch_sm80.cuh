@@ -17,8 +17,9 @@ __global__ void __launch_bounds__(DecodeSm80<T, kHeadDim, kFloat8, kManyRows>::k
                     const __grid_constant__ DecodePaths paths, const __grid_constant__ DecodeWorkspace workspace) {
   const int block = static_cast<int>(blockIdx.x);
   const int kv_head = block % params.kv_heads;
-  const int group = block / params.kv_heads % plan.groups;
-  const int row_tile = plan.row_tiles - 1 - block / params.kv_heads / plan.groups;
+  // Few rows are one row tile.
+  const int group = kManyRows ? block / params.kv_heads % plan.groups : block / params.kv_heads;
+  const int row_tile = kManyRows ? plan.row_tiles - 1 - block / params.kv_heads / plan.groups : 0;
   const DecodeSm80<T, kHeadDim, kFloat8, kManyRows> decode{params, plan, paths, workspace, kv_head, row_tile, group};
   decode.run();
 }

@@ -7,11 +7,16 @@
 
 namespace chunkattn::cuda {
 
+// With tiles of kTileKeys keys. A small step is waiting for this, so divisions by what is known are not left to the
+// device.
+template <int kTileKeys, bool kManyRows>
 class DecodeSchedule {
  public:
   // Called by whole warps.
   __device__ __forceinline__ DecodeSchedule(const DecodeParams& params, const DecodePlan& plan, int row_tile, int group)
-      : params_(params), plan_(plan), queries_(tile_queries(params, plan, row_tile)) {
+      : params_(params),
+        plan_(plan),
+        queries_(kManyRows ? tile_queries(params, plan, row_tile) : TileQueries{0, params.seqlen_q}) {
     if (plan.splits > 0) {
       const int batch = group / plan.splits;
       first_group_ = batch * plan.splits;
@@ -58,7 +63,7 @@ class DecodeSchedule {
 
  private:
   __device__ __forceinline__ int tiles(int batch) const {
-    return visible_tiles(params_, plan_, queries_, lengths(batch));
+    return visible_tiles(params_, kTileKeys, queries_, lengths(batch));
   }
 
   // What lies in front of a sequence's tiles.

@@ -39,11 +39,11 @@ CHUNKATTN_HOST_DEVICE TileQueries tile_queries(const DecodeParams& params, const
 }
 
 // Tiles of keys that the queries of a row tile see: at least one, so that a sequence without keys is somebody's, too.
-CHUNKATTN_HOST_DEVICE int visible_tiles(const DecodeParams& params, const DecodePlan& plan, const TileQueries& queries,
+CHUNKATTN_HOST_DEVICE int visible_tiles(const DecodeParams& params, int tile_keys, const TileQueries& queries,
                                         const SequenceLengths& lengths) {
   const int beyond = first_query_position(params, lengths) + queries.end;
   const int visible = beyond < lengths.total ? beyond : lengths.total;
-  return visible <= plan.tile_keys ? 1 : (visible - 1) / plan.tile_keys + 1;
+  return visible <= tile_keys ? 1 : (visible - 1) / tile_keys + 1;
 }
 
 // `tiles` in a row that `groups`, fewer than 2^15, share equally: group g takes those from begin(g) to begin(g + 1).
