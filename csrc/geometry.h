@@ -63,6 +63,12 @@ struct ChunkGeometry {
     return distance == 0 ? Regime::kIntra : distance == 1 ? Regime::kSucc : Regime::kInter;
   }
 
+  // The same of a query whose chunk begins at `query_chunk`, without divisions.
+  CHUNKATTN_HOST_DEVICE Regime regime_from_chunk(int query_chunk, int key_position) const {
+    if (key_position >= query_chunk) return Regime::kIntra;
+    return key_position >= query_chunk - stride() ? Regime::kSucc : Regime::kInter;
+  }
+
   // The table row of a query in a regime. Rows stop at chunk_size, inclusive: the table has chunk_size + 1 rows.
   CHUNKATTN_HOST_DEVICE int query_row(Regime regime, int position) const {
     return query_row_in_chunk(regime, position % stride());

@@ -39,6 +39,14 @@ BackwardWorkspace backward_workspace(const BackwardParams& params, bool determin
 // Keys may be raw. Until the end dq holds rotated queries and dk rotated keys, so neither may overlap another tensor.
 const char* dca_backward(const BackwardParams& params, const BackwardWorkspace& workspace, void* stream);
 
+// The workspace of dca_decode, laid out from `memory` on, and its size: without memory it tells the size alone. The
+// memory starts on a multiple of 256 bytes and holds nothing yet. The size depends on shapes and the device alone.
+DecodeWorkspace decode_workspace(const DecodeParams& params, void* memory, size_t* bytes);
+
+// Appends the new keys and values to the cache, then attends. Lengths and block table are read on the device: a graph
+// that captured the call may be replayed with others.
+const char* dca_decode(const DecodeParams& params, const DecodeWorkspace& workspace, void* stream);
+
 // The workspace of select, as backward_workspace lays out its own.
 SelectWorkspace select_workspace(const SelectParams& params, void* memory, size_t* bytes);
 

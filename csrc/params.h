@@ -256,4 +256,12 @@ struct DecodeParams {
   int num_splits;            // parts in which each sequence's keys are attended at once; 0: the kernel chooses
 };
 
+// What the CUDA decode kernels use beside DecodeParams: what thread blocks found of sequences that several attend to.
+struct DecodeWorkspace {
+  float* out;         // [2 * groups, planes, tile_rows, head_dim_padded] (DecodePlan): sums of values, weighted
+  float* states;      // [2 * groups, planes, tile_rows, 2]: SoftmaxState of each row
+  int* groups;        // [row_tiles, batch, 2]: the first and the last group that attend to a sequence
+  int* tile_counter;  // [1], of the forward kernel, which takes long chunks of prefill
+};
+
 }  // namespace chunkattn

@@ -94,6 +94,14 @@ def test_chunked_prefill_equals_one_forward(device, layout, step):
         assert_within_rule(torch.cat(outs, dim=1), oracle, chunkattn.reference.dca(q, k, v, **options), "out")
 
 
+# Chunks that the Hopper forward kernel takes where pages and chunks have a divisor that suits it.
+@pytest.mark.parametrize("layout", [Layout(), *(Layout(page_size) for page_size in (16, 17, 24, 64))], ids=str)
+@pytest.mark.parametrize("seqlen_new", [0, 20, 256])
+def test_long_chunks(device, layout, seqlen_new):
+    case = CASE.but(heads=12, kv_heads=4, head_dim=128, chunk_size=192, local_size=64, seqlen_q=256)
+    check_all_dtypes(case, device, (300, 10, 131), layout=layout, seqlen_new=seqlen_new)
+
+
 @pytest.mark.parametrize("beyond", [-2, -1, 0, 1])
 @pytest.mark.parametrize("seqlen_q", [1, 5])
 def test_lengths_around_chunk_boundaries(device, beyond, seqlen_q):

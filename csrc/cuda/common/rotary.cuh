@@ -64,12 +64,8 @@ __device__ __forceinline__ Angles load_angles(const RotaryTable& table, int tabl
   return {{__ldg(cos), __ldg(cos + 1)}, {__ldg(sin), __ldg(sin + 1)}};
 }
 
-// Rotates the chunks that hold the first and the second elements of eight pairs (rotate-half layout).
-template <typename T>
-__device__ __forceinline__ void rotate_chunks(uint4& first, uint4& second, const Angles& angles) {
-  float a[kChunk], b[kChunk];
-  unpack8<T>(first, a);
-  unpack8<T>(second, b);
+// Rotates the first and the second elements of eight pairs (rotate-half layout).
+__device__ __forceinline__ void rotate_halves(float (&a)[kChunk], float (&b)[kChunk], const Angles& angles) {
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const float cos = reinterpret_cast<const float*>(angles.cos)[i],
@@ -78,26 +74,39 @@ __device__ __forceinline__ void rotate_chunks(uint4& first, uint4& second, const
     a[i] = x * cos - y * sin;
     b[i] = y * cos + x * sin;
   }
+}
+
+template <typename T>
+__device__ __forceinline__ void rotate_chunks(uint4& first, uint4& second, const Angles& angles) {
+  float a[kChunk], b[kChunk];
+  unpack8<T>(first, a);
+  unpack8<T>(second, b);
+  rotate_halves(a, b, angles);
   first = pack8<T>(a);
   second = pack8<T>(b);
 }
 
-// Rotates a chunk of four neighbouring pairs (interleaved layout), whose first pair is `pair`.
-template <typename T>
-__device__ __forceinline__ uint4 rotate_interleaved(const uint4& chunk, const RotaryTable& table, int table_row,
-                                                    int pair) {
+// Rotates four neighbouring pairs (interleaved layout), the first of which is `pair`.
+__device__ __forceinline__ void rotate_neighbours(float (&x)[kChunk], const RotaryTable& table, int table_row,
+                                                  int pair) {
   const int64_t index = table_row * table.row_stride + pair;
   const float4 cos = __ldg(reinterpret_cast<const float4*>(table.cos + index));
   const float4 sin = __ldg(reinterpret_cast<const float4*>(table.sin + index));
   const float c[4] = {cos.x, cos.y, cos.z, cos.w}, s[4] = {sin.x, sin.y, sin.z, sin.w};
-  float x[kChunk];
-  unpack8<T>(chunk, x);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float a = x[2 * i], b = x[2 * i + 1];
     x[2 * i] = a * c[i] - b * s[i];
     x[2 * i + 1] = b * c[i] + a * s[i];
   }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 rotate_interleaved(const uint4& chunk, const RotaryTable& table, int table_row,
+                                                    int pair) {
+  float x[kChunk];
+  unpack8<T>(chunk, x);
+  rotate_neighbours(x, table, table_row, pair);
   return pack8<T>(x);
 }
 
@@ -126,6 +135,18 @@ __device__ __forceinline__ void rotate_unit(uint4& first, uint4& second, const R
     if (unit.second < table.rotary_dim) second = rotate_interleaved<T>(second, table, table_row, unit.second / 2);
   } else {
     rotate_chunks<T>(first, second, load_angles(table, table_row, unit.first));
+  }
+}
+
+// The same of float32 rows.
+__device__ __forceinline__ void rotate_unit(float (&first)[kChunk], float (&second)[kChunk], const RotaryUnit& unit,
+                                            const RotaryTable& table, int table_row) {
+  if (!unit.rotated) return;
+  if (table.interleaved) {
+    rotate_neighbours(first, table, table_row, unit.first / 2);
+    if (unit.second < table.rotary_dim) rotate_neighbours(second, table, table_row, unit.second / 2);
+  } else {
+    rotate_halves(first, second, load_angles(table, table_row, unit.first));
   }
 }
 

@@ -13,12 +13,20 @@ __device__ __forceinline__ void store_shared(uint32_t address, const uint4& chun
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, const uint2& half_chunk) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(address), "r"(half_chunk.x), "r"(half_chunk.y) : "memory");
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t pair) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(pair) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint16_t element) {
   asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(address), "h"(element) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint8_t element) {
+  asm volatile("st.shared.b8 [%0], %1;\n" ::"r"(address), "r"(static_cast<uint32_t>(element)) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, float first, float second) {

@@ -30,11 +30,11 @@ struct TileSchedule {
   }
 };
 
-inline TileSchedule make_tile_schedule(const ForwardParams& params, int tile_m) {
+// Of `tiles` query tiles for each head.
+inline TileSchedule schedule_tiles(const ForwardParams& params, int tiles) {
   constexpr int64_t kCacheBytes = 32 << 20;  // of an L2 cache of 40 MB or more, what K and V may take
   constexpr int64_t kElementBytes = 2;
   const AttentionShape& shape = params.shape;
-  const QueryTiling tiling{params.geometry, params.first_position(), shape.seqlen_k, tile_m};
   const int64_t kv_head_bytes = 2 * kElementBytes * shape.seqlen_k * shape.head_dim;
   const int64_t kv_planes = static_cast<int64_t>(shape.batch) * shape.kv_heads;
   const int64_t fitting = kv_head_bytes < kCacheBytes ? kCacheBytes / kv_head_bytes : 1;
@@ -42,7 +42,21 @@ inline TileSchedule make_tile_schedule(const ForwardParams& params, int tile_m) 
   // them.
   const int64_t groups = (kv_planes + fitting - 1) / fitting;
   const int64_t group = (kv_planes + groups - 1) / groups * (shape.heads / shape.kv_heads);
-  return {tiling.count(), shape.batch * shape.heads, static_cast<int>(group)};
+  return {tiles, shape.batch * shape.heads, static_cast<int>(group)};
+}
+
+inline TileSchedule make_tile_schedule(const ForwardParams& params, int tile_m) {
+  const QueryTiling tiling{params.geometry, params.first_position(), params.shape.seqlen_k, tile_m};
+  return schedule_tiles(params, tiling.count());
+}
+
+// Where the device alone knows at which position a sequence's queries begin: the most tiles they can have.
+inline TileSchedule make_ragged_tile_schedule(const ForwardParams& params, int tile_m) {
+  const int stride = params.geometry.stride();
+  const int64_t seqlen_q = params.shape.seqlen_q;
+  const int64_t chunks =
+      (seqlen_q + stride - 2) / stride + 1;  // over which they spread; each may end in a partial tile
+  return schedule_tiles(params, static_cast<int>((seqlen_q + chunks * (tile_m - 1)) / tile_m));
 }
 
 // Where tiles attend lists of regions, those that share a list follow one another.

@@ -29,6 +29,7 @@ struct TileWork {
   int head;
   int kv_head;
   int first_query;  // index of the tile's first row in q
+  int seqlen_k;     // of the sequence
   QueryTile queries;
   SegmentList segments;
 };
@@ -100,20 +101,43 @@ struct ForwardSm90 {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
   }
 
-  __device__ __forceinline__ void publish(Ring<kWorkStages>& ring, const TileSchedule& schedule, int64_t index) const {
+  // Fills in the work of a schedule's item. Where sequences have their own lengths the schedule has room for the
+  // longest, and some items are nothing: false.
+  __device__ __forceinline__ bool describe(TileWork& work, const TileSchedule::Item& item) const {
+    const int batch = item.plane / params.shape.heads;
+    int seqlen_k = params.shape.seqlen_k;
+    int first_position = params.first_position();
+    QueryTiling tiling{params.geometry, first_position, seqlen_k, kTileM};
+    if constexpr (Keys::kRagged) {
+      seqlen_k = source.seqlen_k(batch);
+      first_position = seqlen_k - params.shape.seqlen_q;
+      tiling.begin = max(first_position, 0);  // queries before it see nothing
+      tiling.end = seqlen_k;
+      if (item.tile >= tiling.count()) return false;
+    }
+    work.plane = item.plane;
+    work.batch = batch;
+    work.head = item.plane % params.shape.heads;
+    work.kv_head = work.head / (params.shape.heads / params.shape.kv_heads);
+    work.seqlen_k = seqlen_k;
+    work.queries = tiling.tile(item.tile);
+    work.first_query = work.queries.begin - first_position;
+    work.segments = source.segments(params, work.batch, work.head, work.queries);
+    return true;
+  }
+
+  // The item after those that the blocks start with, in the order of the blocks that ask.
+  static __device__ __forceinline__ int64_t next_item(int* tile_counter) {
+    return static_cast<int64_t>(gridDim.x) + atomicAdd(tile_counter, 1);
+  }
+
+  __device__ __forceinline__ void publish(Ring<kWorkStages>& ring, const TileSchedule& schedule, int64_t index,
+                                          int* tile_counter) const {
     ring.wait_empty(control.work_empty);
     TileWork& work = control.work[ring.index];
     work.plane = -1;
-    if (index < schedule.count()) {
-      const TileSchedule::Item item = schedule.item(static_cast<int>(index));
-      const QueryTiling tiling{params.geometry, params.first_position(), params.shape.seqlen_k, kTileM};
-      work.plane = item.plane;
-      work.batch = item.plane / params.shape.heads;
-      work.head = item.plane % params.shape.heads;
-      work.kv_head = work.head / (params.shape.heads / params.shape.kv_heads);
-      work.queries = tiling.tile(item.tile);
-      work.first_query = work.queries.begin - params.first_position();
-      work.segments = source.segments(params, work.batch, work.head, work.queries);
+    while (index < schedule.count() && !describe(work, schedule.item(static_cast<int>(index)))) {
+      index = next_item(tile_counter);
     }
     ptx::mbarrier_arrive(control.work_full + ring.index);
     ring.advance();
@@ -135,7 +159,7 @@ struct ForwardSm90 {
     Ring<kWorkStages> published;
     Ring<kWorkStages> ring;
     Ring<kStages> keys, values;
-    publish(published, schedule, blockIdx.x);
+    publish(published, schedule, blockIdx.x, tile_counter);
     while (true) {
       const TileWork& work = control.work[ring.index];
       if (work.plane < 0) return;
@@ -148,7 +172,7 @@ struct ForwardSm90 {
           keys.advance();
         }
         // The next tile is announced once this one's first keys are on their way.
-        if (pending < 0) publish(published, schedule, static_cast<int64_t>(gridDim.x) + atomicAdd(tile_counter, 1));
+        if (pending < 0) publish(published, schedule, next_item(tile_counter), tile_counter);
         if (pending >= 0) {
           values.wait_empty(control.value_empty);
           load_tile(value_tile(values.index), value_map, control.value_full + values.index, pending, work);
@@ -161,26 +185,18 @@ struct ForwardSm90 {
     }
   }
 
-  // Where the copy engine finds this lane's box of a key tile: behind the last key, where only zeros are, when the tile
-  // has nothing to attend there.
-  __device__ __forceinline__ int box_token(const KeyTile& tile, const ListedRegions& regions) const {
-    const int key = threadIdx.x % 32 * source.box_rows;
-    if (key >= tile.valid) return params.shape.seqlen_k;
-    return tile.regime == Regime::kIntra ? tile.begin + key : regions.token(tile.begin + key);
-  }
-
   // One warp. Each lane knows where its box begins, the first has the copy engine bring all of them.
-  __device__ __forceinline__ void load_boxes(const KeyShared& tile, const CUtensorMap* map, uint64_t* full, int token,
-                                             const TileWork& work) const {
+  __device__ __forceinline__ void load_boxes(const KeyShared& tile, const CUtensorMap* map, uint64_t* full,
+                                             const BoxPlace& place, const TileWork& work) const {
     const int lane = threadIdx.x % 32;
     if (lane == 0) ptx::mbarrier_arrive_expect(full, KeyShared::kBytes);
     for (int row = 0, box = 0; row < kTileN; row += source.box_rows, ++box) {
-      const int box_begin = __shfl_sync(0xffffffffu, token, box);
+      const BoxPlace from{__shfl_sync(0xffffffffu, place.row, box), __shfl_sync(0xffffffffu, place.batch, box)};
       if (lane != 0) continue;
 #pragma unroll
       for (int panel = 0; panel < KeyShared::kPanels; ++panel) {
-        ptx::tma_load_4d(tile.base + panel * KeyShared::kPanelBytes + row * 128, map, full, panel * 64, box_begin,
-                         work.kv_head, work.batch);
+        ptx::tma_load_4d(tile.base + panel * KeyShared::kPanelBytes + row * 128, map, full, panel * 64, from.row,
+                         work.kv_head, from.batch);
       }
     }
   }
@@ -195,40 +211,48 @@ struct ForwardSm90 {
     }
   }
 
-  // One warp, whose first lane alone waits and publishes. K runs a tile ahead of V, as above.
-  __device__ __forceinline__ void load_queries_and_regions(const CUtensorMap* query_map, const CUtensorMap* key_map,
-                                                           const CUtensorMap* value_map, const TileSchedule& schedule,
-                                                           int* tile_counter) const {
+  // One warp, whose first lane alone waits and publishes. K runs a tile ahead of V, as above. Queries that are not
+  // rotated are loaded here, too.
+  __device__ __forceinline__ void load_in_boxes(const CUtensorMap* query_map, const CUtensorMap* key_map,
+                                                const CUtensorMap* value_map, const TileSchedule& schedule,
+                                                int* tile_counter) const {
     const bool leads = threadIdx.x % 32 == 0;
+    const int first_key = threadIdx.x % 32 * source.box_rows;  // of this lane's box in a tile
     Ring<kWorkStages> published;
     Ring<kWorkStages> ring;
     Ring<kQueryStages> queries;
     Ring<kStages> keys, values;
-    if (leads) publish(published, schedule, blockIdx.x);
+    if (leads) publish(published, schedule, blockIdx.x, tile_counter);
     while (true) {
       __syncwarp();  // the tile is published
       const TileWork& work = control.work[ring.index];
       if (work.plane < 0) return;
-      const ListedRegions regions = source.lists.of(work.batch, work.head, work.queries.begin);
-      int pending = -1;  // this lane's box of the tile whose keys are under way and whose values are not
+      const auto boxes = source.boxes(params, work.batch, work.head, work.queries, work.seqlen_k);
+      bool first = true;
+      BoxPlace pending{};  // of the tile whose keys are under way and whose values are not
       for (KeyTileWalk<kTileN> walk(work.segments, work.queries.begin);; walk.advance()) {
-        const int token = walk.done() ? -1 : box_token(walk.tile(), regions);
-        if (token >= 0) {
+        const bool done = walk.done();
+        BoxPlace place{};
+        if (!done) {
+          place = boxes.place(walk.tile(), first_key);
           if (leads) keys.wait_empty(control.key_empty);
-          load_boxes(key_tile(keys.index), key_map, control.key_full + keys.index, token, work);
+          load_boxes(key_tile(keys.index), key_map, control.key_full + keys.index, place, work);
           keys.advance();
         }
-        if (pending >= 0) {
+        if (!first) {
           if (leads) values.wait_empty(control.value_empty);
           load_boxes(value_tile(values.index), value_map, control.value_full + values.index, pending, work);
           values.advance();
         } else if (leads) {
-          queries.wait_empty(control.query_empty);
-          load_query_tile(query_map, queries.index, work);
-          publish(published, schedule, static_cast<int64_t>(gridDim.x) + atomicAdd(tile_counter, 1));
+          if constexpr (!Keys::kRotatesQueries) {
+            queries.wait_empty(control.query_empty);
+            load_query_tile(query_map, queries.index, work);
+          }
+          publish(published, schedule, next_item(tile_counter), tile_counter);
         }
-        if (token < 0) break;
-        pending = token;
+        if (done) break;
+        first = false;
+        pending = place;
       }
       queries.advance();
       ring.advance();
@@ -332,6 +356,18 @@ struct ForwardSm90 {
     state.queries.advance();
   }
 
+  // Behind the end of a sequence memory may hold anything: 0 times infinity would spoil the output. Every warpgroup
+  // writes the same zeros, so none waits for another.
+  static __device__ __forceinline__ void clear_values(const KeyShared& v, int written, int warpgroup) {
+    if (written >= kTileN) return;
+    for (int i = threadIdx.x % 128; i < (kTileN - written) * KeyShared::kChunksPerRow; i += 128) {
+      const int row = written + i / KeyShared::kChunksPerRow;
+      store_shared(v.address(row, i % KeyShared::kChunksPerRow), uint4{0, 0, 0, 0});
+    }
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync(kStoreBarrier + warpgroup, 128);
+  }
+
   __device__ __forceinline__ void attend(const TileWork& work, int warpgroup, const CUtensorMap* output_map,
                                          ConsumerState& rings) const {
     const float scale_log2 = logit_scale(params, work.batch) * kLog2E;
@@ -342,12 +378,14 @@ struct ForwardSm90 {
     float shrink[1][2];
     OnlineSoftmax<1> softmax;
     KeyTileWalk<kTileN> walk(work.segments, work.queries.begin);
+    int written = kTileN;  // rows of the tile in the softmax that are keys of the sequence
     // The softmax of a key tile in two parts, between which P V of the tile before is awaited, since P needs its
     // registers. Each part has exponentials, so that their unit is never idle for long: while it works on one half of
     // the rows, the maxima of the other half are found.
     const auto softmax_first = [&] {
       const KeyTile tile = walk.tile();
       if (tile.causal || tile.valid < kTileN) hide_keys(logits, tile, work.queries.begin + warp_row);
+      if constexpr (Keys::kRagged) written = work.seqlen_k - tile.begin;
       bool grown = softmax.template raise_maximum<0>(logits, scale_log2, shrink);
       softmax.template exponentiate<0>(logits, scale_log2);
       grown |= softmax.template raise_maximum<1>(logits, scale_log2, shrink);
@@ -392,6 +430,7 @@ struct ForwardSm90 {
 
     for (bool more = advance(); more;) {
       rings.values.wait_full(control.value_full);
+      if constexpr (Keys::kRagged) clear_values(value_tile(rings.values.index), written, warpgroup);
       wait_turn(warpgroup);
       start_logits(logits, query_tile(rings.queries.index), key_tile(rings.keys.index), warpgroup);
       start_output(output, weights, value_tile(rings.values.index));
@@ -412,6 +451,7 @@ struct ForwardSm90 {
     }
 
     rings.values.wait_full(control.value_full);
+    if constexpr (Keys::kRagged) clear_values(value_tile(rings.values.index), written, warpgroup);
     start_output(output, weights, value_tile(rings.values.index));
     ptx::wgmma_wait<0>();
     ptx::pin(output[0]);
@@ -456,12 +496,10 @@ struct ForwardSm90 {
     __syncthreads();
     if (warpgroup == 0) {
       ptx::registers_decrease<Sizes::kProducerRegisters>();
-      if constexpr (!Keys::kRotatesQueries) {
-        if (threadIdx.x < 32) {
-          self.load_queries_and_regions(query_map, &key_map, &value_map, schedule, tile_counter);
-        }
-      } else if (threadIdx.x >= 32) {
-        self.prepare_queries(threadIdx.x - 32);
+      if (threadIdx.x >= 32) {
+        if constexpr (Keys::kRotatesQueries) self.prepare_queries(threadIdx.x - 32);
+      } else if constexpr (Keys::kInBoxes) {
+        self.load_in_boxes(query_map, &key_map, &value_map, schedule, tile_counter);
       } else if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&key_map);
         ptx::prefetch_tensor_map(&value_map);

@@ -1,16 +1,26 @@
-// The two attentions of the forward kernels: what differs between them is which keys a tile of queries attends to,
-// where those lie, and whether every segment has its own rotation of Q.
+// The attentions of the forward kernels: what differs between them is which keys a tile of queries attends to, where
+// those lie, and whether every segment has its own rotation of Q.
 #pragma once
 
 #include "cuda/common/copy_rows.cuh"
 #include "cuda/common/key_tiles.cuh"
+#include "cuda/decode/cache_rows.cuh"
+#include "cuda/decode/sequences.h"
 #include "cuda/select_merge/attended_regions.h"
 
 namespace chunkattn::cuda {
 
+// Where the copy engine finds a box of keys: its first row, and what its tensor map calls the batch.
+struct BoxPlace {
+  int row;
+  int batch;
+};
+
 // Dual chunk attention: segments are ranges of keys.
 struct ChunkKeys {
   static constexpr bool kRotatesQueries = true;
+  static constexpr bool kInBoxes = false;  // otherwise a key tile is brought in several boxes, which the source places
+  static constexpr bool kRagged = false;   // otherwise every sequence has its own length, behind which lies anything
 
   __device__ __forceinline__ SegmentList segments(const ForwardParams& params, int /*batch*/, int /*head*/,
                                                   const QueryTile& queries) const {
@@ -33,6 +43,8 @@ struct ChunkKeys {
 // Select-and-merge attention: the queries' own group, and the list of its regions. Rows are attended as they are.
 struct RegionKeys {
   static constexpr bool kRotatesQueries = false;
+  static constexpr bool kInBoxes = true;
+  static constexpr bool kRagged = false;
 
   AttendedRegions lists;
   int box_rows;  // rows of a region that the copy engine brings at once, a divisor of the key tile; Hopper only
@@ -56,6 +68,60 @@ struct RegionKeys {
   };
   __device__ __forceinline__ Reader reader(int batch, int head, const QueryTile& queries) const {
     return {lists.of(batch, head, queries.begin)};
+  }
+
+  // Places the boxes of a tile, each of whose `box`es a lane asks for.
+  struct Boxes {
+    ListedRegions regions;
+    int batch;
+    int behind;  // a row behind the last key, where only zeros are
+
+    __device__ __forceinline__ BoxPlace place(const KeyTile& tile, int key) const {
+      if (key >= tile.valid) return {behind, batch};
+      return {tile.regime == Regime::kIntra ? tile.begin + key : regions.token(tile.begin + key), batch};
+    }
+  };
+  __device__ __forceinline__ Boxes boxes(const ForwardParams& params, int batch, int head, const QueryTile& queries,
+                                         int /*seqlen_k*/) const {
+    return {lists.of(batch, head, queries.begin), batch, params.shape.seqlen_k};
+  }
+};
+
+// Dual chunk attention to a cache: the device alone knows lengths and pages. Hopper only.
+struct CacheKeys {
+  static constexpr bool kRotatesQueries = true;
+  static constexpr bool kInBoxes = true;
+  static constexpr bool kRagged = true;
+
+  KeyValueCache cache;
+  int seqlen_new;  // tokens that were appended since cache_seqlens were counted
+  int box_rows;    // a divisor of the key tile, which with a block table divides pages and chunks, too
+
+  __device__ __forceinline__ int seqlen_k(int batch) const {
+    return sequence_lengths(cache.capacity, seqlen_new, __ldg(cache.cache_seqlens + batch)).total;
+  }
+
+  __device__ __forceinline__ SegmentList segments(const ForwardParams& params, int /*batch*/, int /*head*/,
+                                                  const QueryTile& queries) const {
+    return params.geometry.segments(queries);
+  }
+
+  struct Boxes {
+    const KeyValueCache& cache;
+    int batch;
+    int seqlen_k;
+
+    // Rows behind the page are zeros.
+    __device__ __forceinline__ BoxPlace place(const KeyTile& tile, int key) const {
+      const int position = tile.begin + key;
+      const CacheRow row = position < seqlen_k ? cache_row(cache, batch, position) : CacheRow{-1, 0};
+      if (row.page >= 0) return {row.row, row.page};
+      return {cache.block_table == nullptr ? cache.capacity : cache.page_size, 0};
+    }
+  };
+  __device__ __forceinline__ Boxes boxes(const ForwardParams& /*params*/, int batch, int /*head*/,
+                                         const QueryTile& /*queries*/, int seqlen_k) const {
+    return {cache, batch, seqlen_k};
   }
 };
 

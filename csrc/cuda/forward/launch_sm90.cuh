@@ -37,12 +37,25 @@ __global__ void __launch_bounds__(ForwardSm90<T, kHeadDim, RegionKeys>::kThreads
 #endif
 }
 
-// Describes K and V in boxes of `key_rows` rows, and the output. Returns null, or what failed.
-inline const char* encode_maps(const ForwardParams& params, const VectorPaths& vectorized, int key_rows,
-                               CUtensorMap* key_map, CUtensorMap* value_map, CUtensorMap* output_map) {
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(ForwardSm90<T, kHeadDim, CacheKeys>::kThreads, 1)
+    dca_cache_forward_sm90(const __grid_constant__ ForwardParams params, const __grid_constant__ VectorPaths vectorized,
+                           const __grid_constant__ CacheKeys keys, const __grid_constant__ TileSchedule schedule,
+                           const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map,
+                           const __grid_constant__ CUtensorMap output_map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  ForwardSm90<T, kHeadDim, CacheKeys>::run(params, vectorized, keys, schedule, nullptr, key_map, value_map, output_map,
+                                           params.tile_counter);
+#endif
+}
+
+// Describes K and V, `batches` times `rows` rows each, in boxes of `key_rows` rows, and the output. Returns null, or
+// what failed.
+inline const char* encode_maps(const ForwardParams& params, const VectorPaths& vectorized, int batches, int rows,
+                               int key_rows, CUtensorMap* key_map, CUtensorMap* value_map, CUtensorMap* output_map) {
   const AttentionShape& shape = params.shape;
-  const RowTensor k{params.k, params.k_strides, shape.batch, shape.seqlen_k, shape.kv_heads, shape.head_dim};
-  const RowTensor v{params.v, params.v_strides, shape.batch, shape.seqlen_k, shape.kv_heads, shape.head_dim};
+  const RowTensor k{params.k, params.k_strides, batches, rows, shape.kv_heads, shape.head_dim};
+  const RowTensor v{params.v, params.v_strides, batches, rows, shape.kv_heads, shape.head_dim};
   const char* failure = encode_row_map(key_map, k, params.dtype, key_rows);
   if (failure == nullptr) failure = encode_row_map(value_map, v, params.dtype, key_rows);
   if (failure == nullptr && vectorized.out) {
@@ -80,7 +93,8 @@ const char* launch_forward_sm90(const ForwardParams& params, const VectorPaths& 
   using Kernel = ForwardSm90<T, kHeadDim, ChunkKeys>;
   const TileSchedule schedule = make_tile_schedule(params, plan.tile_m);
   CUtensorMap key_map, value_map, output_map{};
-  const char* failure = encode_maps(params, vectorized, plan.tile_n, &key_map, &value_map, &output_map);
+  const char* failure = encode_maps(params, vectorized, params.shape.batch, params.shape.seqlen_k, plan.tile_n,
+                                    &key_map, &value_map, &output_map);
   if (failure != nullptr) return failure;
   return launch_persistent(&dca_forward_sm90<T, kHeadDim>, Kernel::kThreads, Kernel::kSharedBytes, schedule.count(),
                            params.tile_counter, stream, params, vectorized, schedule, key_map, value_map, output_map);
@@ -97,12 +111,30 @@ const char* launch_region_forward_sm90(const ForwardParams& params, const Attend
   CUtensorMap query_map, key_map, value_map, output_map{};
   const char* failure = encode_row_map(&query_map, q, params.dtype, plan.tile_m);
   if (failure == nullptr) {
-    failure = encode_maps(params, vectorized, keys.box_rows, &key_map, &value_map, &output_map);
+    failure =
+        encode_maps(params, vectorized, shape.batch, shape.seqlen_k, keys.box_rows, &key_map, &value_map, &output_map);
   }
   if (failure != nullptr) return failure;
   return launch_persistent(&select_merge_forward_sm90<T, kHeadDim>, Kernel::kThreads, Kernel::kSharedBytes,
                            schedule.count(), params.tile_counter, stream, params, vectorized, keys, schedule, query_map,
                            key_map, value_map, output_map);
+}
+
+template <typename T, int kHeadDim>
+const char* launch_cache_forward_sm90(const ForwardParams& params, const KeyValueCache& cache, int seqlen_new,
+                                      const VectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
+  using Kernel = ForwardSm90<T, kHeadDim, CacheKeys>;
+  const CacheKeys keys{cache, seqlen_new, cache_box_rows(cache, params.geometry, plan.tile_n)};
+  const TileSchedule schedule = make_ragged_tile_schedule(params, plan.tile_m);
+  const bool paged = cache.block_table != nullptr;
+  CUtensorMap key_map, value_map, output_map{};
+  const char* failure =
+      encode_maps(params, vectorized, paged ? cache.num_pages : params.shape.batch,
+                  paged ? cache.page_size : cache.capacity, keys.box_rows, &key_map, &value_map, &output_map);
+  if (failure != nullptr) return failure;
+  return launch_persistent(&dca_cache_forward_sm90<T, kHeadDim>, Kernel::kThreads, Kernel::kSharedBytes,
+                           schedule.count(), params.tile_counter, stream, params, vectorized, keys, schedule, key_map,
+                           value_map, output_map);
 }
 
 }  // namespace chunkattn::cuda
