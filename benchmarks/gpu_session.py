@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ PASSES = ["forward", "backward"]
 BENCHMARKS = [*PASSES, "finetune"]
 DEFAULT_STAGES = ["pytest", "sanitizer", "forward"]
 TAIL_LINES = 40
+SANITIZER_SHARES = 5  # processes of one tool at a time: it is the host that a sanitizer keeps busy
 
 
 @dataclass
@@ -102,31 +104,33 @@ class Session:
         self.results = []
 
     def commands(self, stage, seconds):
-        """The commands of a stage, as (command, extra environment). Raises LookupError when a tool is missing."""
+        """The commands of a stage, as (command, extra environment), in groups that run at the same time, group after
+        group. Raises LookupError when a tool is missing."""
         options = self.options
         python = sys.executable
         if stage == "pytest":
-            return [([python, "-m", "pytest", "-p", "no:cacheprovider", *shlex.split(options.pytest_args)], {})]
+            return [[([python, "-m", "pytest", "-p", "no:cacheprovider", *shlex.split(options.pytest_args)], {})]]
         if stage == "sanitizer":
             tool = find_tool("compute-sanitizer", "/usr/local/cuda*/compute-sanitizer/compute-sanitizer")
             if tool is None:
                 raise LookupError("compute-sanitizer was not found")
-            sweep = [python, "tests/gpu/sanitize_sweep.py"]
+            sweep = [python, "tests/gpu/sanitize_sweep.py", "--share"]
+            shares = [f"{share + 1}/{SANITIZER_SHARES}" for share in range(SANITIZER_SHARES)]
             uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            commands = []
+            groups = []
             for name in options.sanitizer_tools.split(","):
                 # torch probes the driver by calls that fail: only errors of kernels count.
                 flags = ["--report-api-errors", "no"] if name == "memcheck" else []
                 flags += ["--target-processes", "all", "--error-exitcode", "9"]
-                commands.append(([tool, "--tool", name, *flags, *sweep], uncached))
-            return commands
+                groups.append([([tool, "--tool", name, *flags, *sweep, share], uncached) for share in shares])
+            return groups
         if stage in BENCHMARKS:
             # Shapes differ in time by a factor of 50: a quarter of the time is kept for the one under way.
             arguments = ["--json", self.output / f"{stage}.json", "--time-limit", f"{0.75 * seconds:.0f}"]
             arguments += shlex.split(getattr(options, f"{stage}_args"))
             if options.fa3 and stage in PASSES:
                 arguments += ["--fa3", options.fa3]
-            return [([python, f"benchmarks/benchmark_{stage}.py", *arguments], {})]
+            return [[([python, f"benchmarks/benchmark_{stage}.py", *arguments], {})]]
         tool = find_tool("ncu", "/opt/nvidia/nsight-compute/*/ncu", "/usr/local/cuda*/nsight-compute*/ncu")
         if tool is None:
             raise LookupError("ncu was not found")
@@ -135,9 +139,29 @@ class Session:
         flags = ["--clock-control", "none", "--set", "full", "--launch-count", "2", "--force-overwrite", "-o", report]
         target = ["--once", "--no-check", "--impls", "chunkattn", "--shape", options.ncu_shape]
         return [
-            ([tool, *select, *flags, python, f"benchmarks/benchmark_{options.ncu_pass}.py", *target], {}),
-            ([tool, "--import", report, "--page", "details"], {}),
+            [([tool, *select, *flags, python, f"benchmarks/benchmark_{options.ncu_pass}.py", *target], {})],
+            [([tool, "--import", report, "--page", "details"], {})],
         ]
+
+    def run_group(self, group, log, seconds):
+        """Runs commands at the same time. Returns (status, last line of output) of each; the log has one's after
+        another's."""
+
+        def run(index):
+            command, extra = group[index]
+            return run_limited(command, f"{log}.{index}", seconds, self.environment | extra)
+
+        with ThreadPoolExecutor(len(group)) as pool:
+            statuses = list(pool.map(run, range(len(group))))
+        outcomes = []
+        for index, status in enumerate(statuses):
+            part = Path(f"{log}.{index}")
+            outcomes.append((status, last_line(part)))
+            if part.is_file():
+                with open(log, "ab") as whole:
+                    whole.write(part.read_bytes())
+                part.unlink()
+        return outcomes
 
     def run(self, stage, limit):
         """Runs the commands of a stage within its limit and what is left of the budget."""
@@ -148,26 +172,29 @@ class Session:
         result = Result(stage, "passed")
         self.results.append(result)
         try:
-            commands = self.commands(stage, end - start)
+            groups = self.commands(stage, end - start)
         except LookupError as missing:
             result.status, result.detail = "failed", str(missing)
             return
-        for command, extra in commands:
+        for group in groups:
             left = end - time.monotonic()
             if left < 1:
-                result.status, result.detail = "not run", f"no time was left for: {shlex.join(map(str, command))[:120]}"
+                first = shlex.join(map(str, group[0][0]))
+                result.status, result.detail = "not run", f"no time was left for: {first[:120]}"
                 break
             try:
-                status = run_limited(command, log, left, self.environment | extra)
+                outcomes = self.run_group(group, log, left)
             except OSError as error:
                 result.status, result.detail = "failed", str(error)
                 break
-            if status is None:
+            if any(status is None for status, _ in outcomes):
                 result.status, result.detail = "timed out", f"after {left:.0f} s"
                 break
-            result.detail = last_line(log)
-            if status != 0:
-                result.status, result.detail = "failed", f"exit status {status}: {last_line(log)}"
+            failed = [f"exit status {status}: {line}" for status, line in outcomes if status != 0]
+            if failed:
+                result.status, result.detail = "failed", failed[0]
+            elif result.status == "passed":
+                result.detail = outcomes[-1][1]
         result.seconds = round(time.monotonic() - start, 1)
         if result.status != "passed":
             print(f"--- {stage} {result.status}: the end of {log}\n{last_lines(log)}", flush=True)

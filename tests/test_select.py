@@ -184,6 +184,36 @@ def test_nan_and_infinity_stay_in_their_batch_row(device, poison, argument):
             assert all(0 <= i < group * CASE.merge for i in kept)
 
 
+@pytest.mark.parametrize("eligibility", ELIGIBILITIES)
+@pytest.mark.parametrize("top_k", [1, 3, 30, 100, 600, 2100])
+@pytest.mark.parametrize("highest", [torch.nan, torch.inf])
+def test_scores_that_are_not_finite_have_a_place(device, highest, top_k, eligibility):
+    # NaN and inf are listed first, -inf last, and each of them ties. Every region is a token.
+    n = max(600, top_k + 80)
+    k = (torch.arange(n) % 37 - 20).to(device, torch.float16)[None, :, None, None]
+    k[:, ::3] = -torch.inf
+    k[:, 1::41] = highest
+    for sign in (1, 2, 0):  # a query of zeros scores infinities NaN
+        q = torch.full_like(k, sign)
+        options = {"region_size": 1, "top_k": top_k, "merge": top_k + 20, "eligibility": eligibility}
+        expected = chunkattn.reference.select(q.double(), k.double(), **options)
+        for dtype in dtypes(device):
+            assert torch.equal(chunkattn.select(q.to(dtype), k.to(dtype), **options), expected)
+
+
+def test_the_largest_top_k_on_cuda(cuda):
+    skip_without_kernels(cuda, "select")
+    largest = 1 << 20
+    q = torch.zeros(1, largest + 2, 1, 1, dtype=torch.float16, device=cuda)
+    message = r"top_k must be at most 1048576 on CUDA, or at least the number of regions, 1048578; got 1048577"
+    with pytest.raises(ValueError, match=message):
+        chunkattn.select(q, q, region_size=1, top_k=largest + 1, merge=1)
+    # Where all regions are kept there is no limit.
+    ids = chunkattn.select(q, q, region_size=1, top_k=largest + 2, merge=largest)
+    assert ids[0, 0, 1, :largest].equal(torch.arange(largest, dtype=torch.int32, device=cuda))
+    assert ids[0, 0, 1, largest:].tolist() == [-1, -1]
+
+
 @pytest.mark.parametrize("heads_mode", HEADS)
 @pytest.mark.parametrize("empty", [{"seqlen": 0}, {"batch": 0}, {"heads": 0, "kv_heads": 0}], ids=str)
 def test_zero_sizes(device, empty, heads_mode):

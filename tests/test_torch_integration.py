@@ -15,6 +15,12 @@ import chunkattn
 CASE = Case(seqlen_q=40, seqlen_k=70, head_dim=16, chunk_size=24, local_size=7)
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Other tests compile the same functions: together they would reach the limit on recompilations."""
+    torch._dynamo.reset()
+
+
 def call(device, dtype, case=CASE):
     """q, k, v that require gradients, and the remaining arguments."""
     return tuple(x.requires_grad_() for x in case.inputs(device, dtype)), case.options(device)

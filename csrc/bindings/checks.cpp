@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "../cuda/select/sizes.h"
+
 namespace chunkattn::bindings {
 
 namespace {
@@ -463,11 +465,23 @@ void check_cache_contents(const DecodeParams& params) {
   }
 }
 
+namespace {
+
+void check_top_k_on_device(const SelectArguments& arguments) {
+  if (!arguments.q.is_cuda()) return;
+  const int64_t regions = (arguments.q.size(1) + arguments.region_size - 1) / arguments.region_size;
+  check(arguments.top_k <= cuda::kLargestTopK || arguments.top_k >= regions, "top_k must be at most ",
+        cuda::kLargestTopK, " on CUDA, or at least the number of regions, ", regions, "; got ", arguments.top_k);
+}
+
+}  // namespace
+
 void check_select(const SelectArguments& arguments) {
   check_queries_and_keys(arguments.q, arguments.k, false);
   check_same_length(arguments.q, arguments.k);
   check_regions(arguments.region_size, arguments.merge);
   check_count("top_k", arguments.top_k);
+  check_top_k_on_device(arguments);
   check_word("eligibility", arguments.eligibility, "group", "row");
   check_word("selection", arguments.selection, "lookahead", "causal");
   check_word("heads", arguments.heads, "kv", "q");

@@ -293,8 +293,9 @@ def select(
     of each may be partial. A region's semantic token is the mean of its rows over the tokens that exist; the score of a
     query region and a key region is the dot product of theirs. Both are computed in float32, or in float64 for float64
     inputs. Each voting row (query region) of a group lists its top_k best eligible key regions, best first, ties to the
-    lowest index. The lists are read rank by rank and within a rank row by row, and a region is kept when first seen,
-    until there are top_k. The work is quadratic in the number of regions, the memory linear.
+    lowest index; a score that is NaN counts as infinity. The lists are read rank by rank and within a rank row by row,
+    and a region is kept when first seen, until there are top_k. The work is quadratic in the number of regions, the
+    memory linear.
 
     Args:
         q: [B, N, Hq, D].
@@ -302,7 +303,8 @@ def select(
             a device. Their last dimension is contiguous, other strides are free. Under autocast they are cast to its
             dtype.
         region_size: tokens in a region.
-        top_k: regions a row lists, and regions a group keeps.
+        top_k: regions a row lists, and regions a group keeps. On CUDA at most 2**20 where there are more regions; the
+            workspace grows with top_k times the regions, and beyond 2048 merging is slower.
         merge: query regions in a group.
         eligibility: which regions a row may list. With g0 the first region of the group the list is for, "group": those
             before g0; "row" (the paper's code): row r = 0, 1, ... of those that vote may list regions up to

@@ -1,7 +1,6 @@
 // Runs the steps of the selection, some planes at a time.
 #include "cuda/common/device.h"
 #include "cuda/select/launchers.h"
-#include "cuda/select/sizes.h"
 #include "kernels.h"
 
 namespace chunkattn::cuda {
@@ -38,9 +37,6 @@ const char* select(const SelectParams& params, const SelectWorkspace& workspace,
   int capability = 0;
   if (const char* failure = compute_capability(&capability)) return failure;
   const SelectionRule rule = selection_rule(params);
-  if (workspace.lists != nullptr && params.top_k > kLargestTopK) {
-    return "on CUDA top_k can be at most 4096 where more regions exist";
-  }
   const int planes = params.shape.batch * params.index_heads;
   if (planes == 0 || rule.groups == 0 || params.top_k == 0) return nullptr;
   for (int first = 0; first < planes; first += workspace.planes_at_once) {

@@ -123,13 +123,15 @@ __device__ __forceinline__ float scale_for(float largest) {
   return __uint_as_float(static_cast<unsigned>(scale < 254 ? scale : 254) << 23);
 }
 
+// An infinite mean goes to the second part alone, which is only multiplied by first parts: those have the sign of what
+// they stand for.
 template <int kHeadDim>
 __device__ __forceinline__ void store_split(__half* row, const float (&mean)[kChunk], float scale, int chunk) {
   float high[kChunk], low[kChunk];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const float x = mean[i] * scale;
-    high[i] = __half2float(__float2half_rn(x));
+    high[i] = fabsf(x) == INFINITY ? 0.f : __half2float(__float2half_rn(x));
     low[i] = x - high[i];
   }
   *reinterpret_cast<uint4*>(row + chunk * kChunk) = pack8<__half>(high);

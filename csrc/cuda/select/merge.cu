@@ -22,16 +22,20 @@ __device__ __forceinline__ void sync_team() {
   }
 }
 
-// Bitonic sort of `count` elements, a power of two, in shared memory; `before(a, b)` says that a belongs before b.
+// Bitonic sort; `before(a, b)` says that a belongs before b. Two sorted halves are merged by first comparing mirror
+// images, so that all comparisons point the same way: where the count is no power of two, what is missing behind the
+// last element stays there, and need not exist.
 template <int kTeam, typename Element, typename Before>
-__device__ __forceinline__ void sort_shared(Element* data, int count, Before&& before) {
-  for (int size = 2; size <= count; size *= 2) {
+__device__ __forceinline__ void sort_by_team(Element* data, int count, Before&& before) {
+  for (int size = 2; size < 2 * count; size *= 2) {
     for (int stride = size / 2; stride > 0; stride /= 2) {
-      for (int i = threadIdx.x % kTeam; i < count / 2; i += kTeam) {
-        const int first = 2 * i - (i & (stride - 1)), second = first + stride;
+      const int mirror = stride == size / 2 ? size - 1 : stride;
+      for (int i = threadIdx.x % kTeam;; i += kTeam) {
+        const int first = 2 * i - (i & (stride - 1)), second = first ^ mirror;
+        if (first >= count) break;
+        if (second >= count) continue;
         const Element a = data[first], b = data[second];
-        const bool forward = (first & size) == 0;
-        if (forward ? before(b, a) : before(a, b)) {
+        if (before(b, a)) {
           data[first] = b;
           data[second] = a;
         }
@@ -41,29 +45,60 @@ __device__ __forceinline__ void sort_shared(Element* data, int count, Before&& b
   }
 }
 
+// A row lists `wanted` regions; those its sorted entries lack score -inf. Among the first `wanted` regions are enough
+// of these, and the lowest of them are listed.
+template <int kTeam>
+__device__ __forceinline__ void complete_list(uint64_t* entries, int wanted) {
+  if (entries[wanted - 1] != 0) return;
+  int listed = 0;
+  while (entries[listed] != 0) ++listed;
+  sync_team<kTeam>();  // everybody has counted
+  for (int region = threadIdx.x % kTeam; region < wanted; region += kTeam) {
+    int lower = 0;  // of the listed regions
+    bool missing = true;
+    for (int i = 0; i < listed; ++i) {
+      const int other = listed_region(entries[i]);
+      lower += other < region ? 1 : 0;
+      missing &= other != region;
+    }
+    const int place = listed + region - lower;
+    if (missing && place < wanted) entries[place] = list_entry(ordered_bits(-INFINITY), region);
+  }
+}
+
 constexpr int kSortThreads = 256;
 
-// Each team sorts a row's list in shared memory and writes its region ids where the list was; -1 behind the last.
-template <int kTeam>
-__global__ void __launch_bounds__(kSortThreads)
-    sort_lists_kernel(const __grid_constant__ SelectPass pass, int padded_entries) {
+// Each team sorts a row's list, in shared memory or where it is, and writes its region ids there; -1 behind the last.
+template <int kTeam, bool kInShared>
+__global__ void __launch_bounds__(kSortThreads) sort_lists_kernel(const __grid_constant__ SelectPass pass) {
   extern __shared__ uint64_t sort_memory[];
   const int team = threadIdx.x / kTeam;
   const int row = blockIdx.x * (kSortThreads / kTeam) + team;
-  if (pass.rule.row_end(row) == 0) return;
+  const int row_end = pass.rule.row_end(row);
+  if (row_end == 0) return;
   const int top_k = pass.rule.top_k;
   uint64_t* list = pass.workspace.lists + (static_cast<int64_t>(blockIdx.y) * pass.rule.regions + row) * top_k;
-  uint64_t* entries = sort_memory + team * padded_entries;
-  for (int i = threadIdx.x % kTeam; i < padded_entries; i += kTeam) entries[i] = i < top_k ? list[i] : 0;
+  uint64_t* entries = kInShared ? sort_memory + team * top_k : list;
+  if constexpr (kInShared) {
+    for (int i = threadIdx.x % kTeam; i < top_k; i += kTeam) entries[i] = list[i];
+    sync_team<kTeam>();
+  }
+  sort_by_team<kTeam>(entries, top_k, [](uint64_t a, uint64_t b) { return a > b; });
+  complete_list<kTeam>(entries, row_end < top_k ? row_end : top_k);
   sync_team<kTeam>();
-  sort_shared<kTeam>(entries, padded_entries, [](uint64_t a, uint64_t b) { return a > b; });
   int* ids = reinterpret_cast<int*>(list);
-  for (int i = threadIdx.x % kTeam; i < top_k; i += kTeam) ids[i] = listed_region(entries[i]);
+  for (int first = 0; first < top_k; first += kTeam) {
+    const int i = first + threadIdx.x % kTeam;
+    const int id = i < top_k ? listed_region(entries[i]) : 0;
+    // Ids are written over entries that come before theirs, or with them, and that others read.
+    if constexpr (!kInShared) sync_team<kTeam>();
+    if (i < top_k) ids[i] = id;
+  }
 }
 
 constexpr int kMergeThreads = 128;
 
-// The regions a group has kept so far and those of the rows in work, as a hash table in shared memory.
+// The regions a group has kept so far and those of the rows in work, as a hash table.
 struct RegionTable {
   static constexpr int kNone = -1;
 
@@ -151,12 +186,21 @@ __device__ __forceinline__ int walk_lists(const SelectPass& pass, int group, int
   return count;
 }
 
-// One block for each group.
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_kernel(const __grid_constant__ SelectPass pass, int slots, int padded_top_k) {
+// Of the table and the regions kept.
+__host__ __device__ inline int64_t merge_ints(int slots, int top_k) { return 2 * static_cast<int64_t>(slots) + top_k; }
+
+// A block for each group and plane. Its table is in shared memory, or where the candidates were.
+template <bool kInShared>
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ SelectPass pass, int slots) {
   extern __shared__ int merge_memory[];
-  const int group = blockIdx.x, top_k = pass.rule.top_k;
-  for (int plane = blockIdx.y; plane < pass.planes; plane += gridDim.y) {
+  const int top_k = pass.rule.top_k;
+  int* memory = merge_memory;
+  if constexpr (!kInShared) {
+    memory = reinterpret_cast<int*>(pass.workspace.candidates) + blockIdx.x * merge_ints(slots, top_k);
+  }
+  const int64_t works = static_cast<int64_t>(pass.rule.groups) * pass.planes;
+  for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
+    const int group = static_cast<int>(work % pass.rule.groups), plane = static_cast<int>(work / pass.rule.groups);
     const int64_t index = static_cast<int64_t>(pass.first_plane + plane) * pass.rule.groups + group;
     int* indices = pass.params.indices + index * top_k;
     if (pass.rule.keeps_all(group)) {
@@ -164,14 +208,13 @@ __global__ void __launch_bounds__(kMergeThreads)
       for (int i = threadIdx.x; i < top_k; i += kMergeThreads) indices[i] = i < all ? i : -1;
       continue;
     }
-    const RegionTable table{merge_memory, merge_memory + slots, slots};
-    int* kept = merge_memory + 2 * slots;
+    const RegionTable table{memory, memory + slots, slots};
+    int* kept = memory + 2 * slots;
     table.clear();
-    for (int i = threadIdx.x; i < padded_top_k; i += kMergeThreads) kept[i] = INT32_MAX;
     __syncthreads();
     const int count = walk_lists(pass, group, plane, table, kept);
     __syncthreads();
-    sort_shared<kMergeThreads>(kept, padded_top_k, [](int a, int b) { return a < b; });
+    sort_by_team<kMergeThreads>(kept, count, [](int a, int b) { return a < b; });
     for (int i = threadIdx.x; i < top_k; i += kMergeThreads) indices[i] = i < count ? kept[i] : -1;
     __syncthreads();
   }
@@ -181,30 +224,41 @@ __global__ void __launch_bounds__(kMergeThreads)
 
 const char* launch_sort_lists(const SelectPass& pass, cudaStream_t stream) {
   constexpr int kLargestOfWarp = 512;
-  const int padded = power_of_two_from(pass.rule.top_k);
-  const bool by_warp = padded <= kLargestOfWarp;
+  const int top_k = pass.rule.top_k;
+  const bool by_warp = top_k <= kLargestOfWarp, in_shared = top_k <= kLargestTopKInShared;
   const int rows_per_block = by_warp ? kSortThreads / 32 : 1;
-  const size_t shared_bytes = static_cast<size_t>(rows_per_block) * padded * sizeof(uint64_t);
+  const size_t shared_bytes = in_shared ? static_cast<size_t>(rows_per_block) * top_k * sizeof(uint64_t) : 0;
   const dim3 grid((pass.rule.regions + rows_per_block - 1) / rows_per_block, pass.planes);
-  const auto kernel = by_warp ? &sort_lists_kernel<32> : &sort_lists_kernel<kSortThreads>;
-  kernel<<<grid, kSortThreads, shared_bytes, stream>>>(pass, padded);
+  const auto kernel = by_warp     ? &sort_lists_kernel<32, true>
+                      : in_shared ? &sort_lists_kernel<kSortThreads, true>
+                                  : &sort_lists_kernel<kSortThreads, false>;
+  kernel<<<grid, kSortThreads, shared_bytes, stream>>>(pass);
   const cudaError_t status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 const char* launch_merge(const SelectPass& pass, cudaStream_t stream) {
-  const bool walks = pass.workspace.lists != nullptr;
+  const int top_k = pass.rule.top_k;
+  const bool walks = pass.workspace.lists != nullptr, in_shared = !walks || top_k <= kLargestTopKInShared;
   // No more than half full: the kept regions, and those of one step.
-  const int slots = walks ? power_of_two_from(2 * (pass.rule.top_k + kMergeThreads)) : 0;
-  const int padded = walks ? power_of_two_from(pass.rule.top_k) : 0;
-  const size_t shared_bytes = (2 * static_cast<size_t>(slots) + padded) * sizeof(int);
-  const cudaError_t sized =
-      cudaFuncSetAttribute(&merge_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (sized != cudaSuccess) return cudaGetErrorString(sized);
-  constexpr int kLargestGridY = 65535;
-  const dim3 grid(pass.rule.groups, pass.planes < kLargestGridY ? pass.planes : kLargestGridY);
-  merge_kernel<<<grid, kMergeThreads, shared_bytes, stream>>>(pass, slots, padded);
-  const cudaError_t status = cudaGetLastError();
+  const int slots = walks ? power_of_two_from(2 * (top_k + kMergeThreads)) : 0;
+  int64_t blocks = static_cast<int64_t>(pass.rule.groups) * pass.planes;
+  int64_t room = INT32_MAX;
+  size_t shared_bytes = 0;
+  if (!in_shared) {
+    const int64_t rows = candidate_blocks(pass.rule.regions, pass.workspace.planes_at_once) * kLargestRowBlock;
+    const int64_t bytes = rows * pass.workspace.candidates_per_row * static_cast<int64_t>(sizeof(uint64_t));
+    room = bytes / (merge_ints(slots, top_k) * static_cast<int64_t>(sizeof(int)));
+  } else if (walks) {
+    shared_bytes = static_cast<size_t>(merge_ints(slots, top_k)) * sizeof(int);
+  }
+  if (blocks > room) blocks = room;
+  const auto kernel = in_shared ? &merge_kernel<true> : &merge_kernel<false>;
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (status != cudaSuccess) return cudaGetErrorString(status);
+  kernel<<<static_cast<unsigned>(blocks), kMergeThreads, shared_bytes, stream>>>(pass, slots);
+  status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 

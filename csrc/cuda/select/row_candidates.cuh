@@ -17,9 +17,9 @@
 
 namespace chunkattn::cuda {
 
-// Ordered as the scores are; the zeros are equal.
+// Ordered as the scores are; the zeros are equal, and NaN, which has no order, counts as infinity.
 __device__ __forceinline__ uint32_t ordered_bits(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.f);
+  const uint32_t bits = __float_as_uint(score == score ? score + 0.f : INFINITY);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 __device__ __forceinline__ float from_ordered_bits(uint32_t key) {
@@ -54,7 +54,9 @@ class RowCandidates {
     }
   }
 
-  // Takes a tile's scores, of which the lane's first belongs to region `first`. Scores of -inf and NaN are left out.
+  // Takes a tile's scores, of which the lane's first belongs to region `first`. NaN reaches every threshold. -inf,
+  // which stands for what the row may not list, reaches none: eligible regions that score it are listed by
+  // sort_lists_kernel.
   template <int kBlocks>
   __device__ __forceinline__ void append(const float (&scores)[kBlocks][4], int first) {
     const uint32_t upper[2] = {upper_word(0), upper_word(1)};
@@ -66,7 +68,7 @@ class RowCandidates {
             "{\n"
             ".reg .pred reaches;\n"
             ".reg .b64 address;\n"
-            "setp.ge.f32 reaches, %1, %2;\n"
+            "setp.geu.f32 reaches, %1, %2;\n"
             "mov.b64 address, {%0, %3};\n"
             "@reaches st.global.v2.b32 [address], {%4, %5};\n"
             "@reaches add.u32 %0, %0, 32;\n"

@@ -17,8 +17,12 @@ constexpr int kMaximumBlocks = 160;
 constexpr int64_t kPassBytes = int64_t{1200} << 20;
 constexpr int64_t kMaximumPlanes = 65535;  // of a pass: the second dimension of a grid
 
-// Merging keeps its lists in shared memory.
-constexpr int kLargestTopK = 4096;
+// Up to here lists are sorted and merged in shared memory, of which every device has enough; longer ones where they
+// are.
+constexpr int kLargestTopKInShared = 2048;
+
+// Sizes in ints and the addresses of a row's candidates hold up to here, far beyond what fits into today's memories.
+constexpr int kLargestTopK = 1 << 20;
 
 // A row has room for what it keeps and for what it finds between two reductions: a power of two.
 constexpr int kRegisterCandidates = 1024;  // as many as a warp can hold in registers
@@ -29,6 +33,12 @@ inline int candidates_per_row(int top_k) {
   int capacity = kRegisterCandidates;
   while (capacity < top_k + top_k / 4 + kReductionSlack + 2 * kLargestTileColumns) capacity *= 2;
   return capacity;
+}
+
+// Blocks of kLargestRowBlock rows there is room for among the candidates.
+inline int64_t candidate_blocks(int regions, int planes_at_once) {
+  const int64_t row_blocks = (static_cast<int64_t>(regions) + kSmallestRowBlock - 1) / kSmallestRowBlock;
+  return row_blocks * planes_at_once < kMaximumBlocks ? row_blocks * planes_at_once : kMaximumBlocks;
 }
 
 }  // namespace chunkattn::cuda

@@ -27,8 +27,7 @@ SelectWorkspace select_workspace(const SelectParams& params, void* memory, size_
     const int64_t passes = fitting < 1 ? planes : (planes + fitting - 1) / fitting;
     workspace.planes_at_once = static_cast<int>((planes + passes - 1) / passes);
   }
-  const int64_t row_blocks = (rule.regions + kSmallestRowBlock - 1) / kSmallestRowBlock * workspace.planes_at_once;
-  const int64_t blocks = row_blocks < kMaximumBlocks ? row_blocks : kMaximumBlocks;
+  const int64_t blocks = candidate_blocks(rule.regions, workspace.planes_at_once);
 
   Carver carver(memory);
   // A row's candidates start on a multiple of their size (row_candidates.cuh); the memory need not.
