@@ -351,6 +351,7 @@ struct DecodeSm80 {
       return tile_at(free_buffer);
     };
 
+    const bool has_rows = !kManyRows || warp_row() < rows_in_tile();  // otherwise the warp helps with the copies
     const float k_scale = params.cache.k_scale == nullptr ? 1.f : __ldg(params.cache.k_scale + kv_head);
     Piece piece = schedule.first();
     while (true) {
@@ -366,10 +367,14 @@ struct DecodeSm80 {
         // Both items are under way at least, so nobody reads their buffers any more.
         if (plan.fused_append) append(rows, piece.batch, tile * kTileN, tile_at(buffer), tile_at(next_of(buffer)));
         Logits logits;
-        compute_logits(logits, q_tiles, next_item(std::true_type{}), rows, tile * kTileN);
-        float shrink[1][2];
-        if (softmax.update(logits, scale_log2, shrink)) scale_rows(output, shrink);
-        Products::multiply_values(output, logits, next_item(std::false_type{}));
+        const KeyTile k = next_item(std::true_type{});
+        if (has_rows) {
+          compute_logits(logits, q_tiles, k, rows, tile * kTileN);
+          float shrink[1][2];
+          if (softmax.update(logits, scale_log2, shrink)) scale_rows(output, shrink);
+        }
+        const KeyTile v = next_item(std::false_type{});
+        if (has_rows) Products::multiply_values(output, logits, v);
       }
       add_teams(sums, states, output, softmax, scale_log2);
       store_piece(sums, states, schedule, piece);
