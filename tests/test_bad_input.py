@@ -704,5 +704,5 @@ def test_select_merge_without_its_backward_is_refused_before_it_runs():
         pytest.skip("this build has the backward for CUDA")
     with FakeTensorMode():
         arguments, options = smallest_call("select_merge", torch.device("cuda"))
-        with pytest.raises(NotImplementedError, match="kernels of select_merge(_backward)? for the CPU only"):
+        with pytest.raises(NotImplementedError, match=r"kernels of select_merge(_backward)? for the CPU only"):
             chunkattn.select_merge(*(x.requires_grad_() for x in arguments), **options)
