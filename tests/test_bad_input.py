@@ -697,3 +697,12 @@ def test_devices_without_kernels_are_refused(name):
         message = f"q is on cuda:0, but this build of chunkattn has kernels of {name} for the CPU only"
         with pytest.raises(NotImplementedError, match=message):
             getattr(chunkattn, name)(*arguments, **options)
+
+
+def test_select_merge_without_its_backward_is_refused_before_it_runs():
+    if torch._C._dispatch_has_kernel_for_dispatch_key("chunkattn::select_merge_backward", "CUDA"):
+        pytest.skip("this build has the backward for CUDA")
+    with FakeTensorMode():
+        arguments, options = smallest_call("select_merge", torch.device("cuda"))
+        with pytest.raises(NotImplementedError, match=r"kernels of select_merge(_backward)? for the CPU only"):
+            chunkattn.select_merge(*(x.requires_grad_() for x in arguments), **options)

@@ -35,10 +35,10 @@ load_library(find_library(Path(__file__).parent))
 
 CUDA_OPERATORS = frozenset(
     name
-    for name in ("dca", "dca_varlen", "dca_with_kvcache", "select", "select_merge")
+    for name in ("dca", "dca_varlen", "dca_with_kvcache", "select", "select_merge", "select_merge_backward")
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"chunkattn::{name}", "CUDA")
 )
-"""The functions that this build has CUDA kernels of."""
+"""The functions, and gradients that may lack theirs, that this build has CUDA kernels of."""
 
 
 def has_kernels(operator: str, device: torch.device) -> bool:

@@ -383,6 +383,8 @@ def select_merge(
     """
     _check_tensors(q=q, k=k, v=v)
     _check_kernels("select_merge", q)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
+        _check_kernels("select_merge_backward", q)
     if indices is None:
         indices = select(
             _selection_rows("select_q", select_q, "q", q),
