@@ -1,4 +1,6 @@
-// The walk of the backward kernels over the query tiles of a key tile, and the order of the key tiles.
+// The walk of the backward kernels over the query tiles of a key tile, the order of the key tiles, and the room for
+// query tiles where positions are known to the device alone.
+#include <algorithm>
 #include <initializer_list>
 #include <set>
 #include <utility>
@@ -7,11 +9,13 @@
 #include "check.h"
 #include "cuda/backward/schedule.h"
 #include "cuda/common/query_tiles.cuh"
+#include "cuda/common/tile_schedule.h"
 
 namespace {
 
 using chunkattn::BackwardParams;
 using chunkattn::ChunkGeometry;
+using chunkattn::ForwardParams;
 using chunkattn::QueryTile;
 using chunkattn::QueryTiling;
 using chunkattn::Regime;
@@ -123,10 +127,33 @@ void test_schedule(int batch, int kv_heads, int seqlen, bool in_turns) {
   for (int tiles : next) CHECK(tiles == schedule.tiles, "tiles ", tiles);
 }
 
+// Wherever a sequence's queries begin, the schedule has room for their tiles, and where a chunk is longer than they
+// for one that is none.
+void test_ragged_schedule() {
+  ForwardParams params{};
+  params.shape = {1, 0, 1 << 20, 1, 1, 128};
+  for (const int stride : {1, 2, 27, 64, 100, 2560}) {
+    params.geometry = {stride + 1, 1};
+    for (const int seqlen_q : {1, 2, 26, 27, 28, 129, 700}) {
+      params.shape.seqlen_q = seqlen_q;
+      for (const int tile_m : {64, 128, 192}) {
+        const int room = chunkattn::cuda::make_ragged_tile_schedule(params, tile_m).tiles;
+        int most = 0;
+        for (int begin = 0; begin < 2 * stride; ++begin) {
+          most = std::max(most, QueryTiling{params.geometry, begin, begin + seqlen_q, tile_m}.count());
+        }
+        CHECK(most <= room && (stride < seqlen_q || room <= most + 1), "room for ", room, " of ", most,
+              " tiles, stride ", stride, " queries ", seqlen_q);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   test_small_sizes();
+  test_ragged_schedule();
   test_kernel_sizes();
   for (bool in_turns : {false, true}) {
     test_schedule(1, 1, 100, in_turns);
