@@ -89,8 +89,8 @@ struct ForwardSm90 {
     }
     for (int i = 0; i < kWorkStages; ++i) {
       ptx::mbarrier_init(control.work_full + i, 1);
-      // Every thread has read it, beside the warp that publishes.
-      ptx::mbarrier_init(control.work_empty + i, kConsumers * 128 + (Keys::kRotatesQueries ? kQueryThreads : 0));
+      // Every thread has read it: of the first warpgroup those that prepare queries, or those that load regions.
+      ptx::mbarrier_init(control.work_empty + i, kConsumers * 128 + (Keys::kRotatesQueries ? kQueryThreads : 32));
     }
     ptx::mbarrier_init_fence();
   }
@@ -201,26 +201,13 @@ struct ForwardSm90 {
     }
   }
 
-  // One thread.
-  __device__ __forceinline__ void load_query_tile(const CUtensorMap* map, int slot, const TileWork& work) const {
-    ptx::mbarrier_arrive_expect(control.query_full + slot, QueryShared::kBytes);
-#pragma unroll
-    for (int panel = 0; panel < QueryShared::kPanels; ++panel) {
-      ptx::tma_load_4d(query_tile(slot).base + panel * QueryShared::kPanelBytes, map, control.query_full + slot,
-                       panel * 64, work.first_query, work.head, work.batch);
-    }
-  }
-
-  // One warp, whose first lane alone waits and publishes. K runs a tile ahead of V, as above. Queries that are not
-  // rotated are loaded here, too.
-  __device__ __forceinline__ void load_in_boxes(const CUtensorMap* query_map, const CUtensorMap* key_map,
-                                                const CUtensorMap* value_map, const TileSchedule& schedule,
-                                                int* tile_counter) const {
+  // One warp, whose first lane alone waits and publishes. K runs a tile ahead of V, as above.
+  __device__ __forceinline__ void load_in_boxes(const CUtensorMap* key_map, const CUtensorMap* value_map,
+                                                const TileSchedule& schedule, int* tile_counter) const {
     const bool leads = threadIdx.x % 32 == 0;
     const int first_key = threadIdx.x % 32 * source.box_rows;  // of this lane's box in a tile
     Ring<kWorkStages> published;
     Ring<kWorkStages> ring;
-    Ring<kQueryStages> queries;
     Ring<kStages> keys, values;
     if (leads) publish(published, schedule, blockIdx.x, tile_counter);
     while (true) {
@@ -244,16 +231,108 @@ struct ForwardSm90 {
           load_boxes(value_tile(values.index), value_map, control.value_full + values.index, pending, work);
           values.advance();
         } else if (leads) {
-          if constexpr (!Keys::kRotatesQueries) {
-            queries.wait_empty(control.query_empty);
-            load_query_tile(query_map, queries.index, work);
-          }
           publish(published, schedule, next_item(tile_counter), tile_counter);
         }
         if (done) break;
         first = false;
         pending = place;
       }
+      ring.advance();
+    }
+  }
+
+  // One thread.
+  __device__ __forceinline__ void load_query_tile(const CUtensorMap* map, int slot, const TileWork& work) const {
+    ptx::mbarrier_arrive_expect(control.query_full + slot, QueryShared::kBytes);
+#pragma unroll
+    for (int panel = 0; panel < QueryShared::kPanels; ++panel) {
+      ptx::tma_load_4d(query_tile(slot).base + panel * QueryShared::kPanelBytes, map, control.query_full + slot,
+                       panel * 64, work.first_query, work.head, work.batch);
+    }
+  }
+
+  // One warp. Lane i knows the first row of the tile's box i. One thread has to start the copy of every box's every
+  // panel, and this must not take longer than the products of the tile: it would with a division, a load or a divergent
+  // branch around each copy. So the loop is unrolled for every number of rows that a box may have, and ptxas is told
+  // that the thread is alone.
+  template <int kBoxRows = 8>
+  __device__ __forceinline__ void load_regions(const KeyShared& tile, const CUtensorMap* map, uint64_t* full, int row,
+                                               int kv_head, int batch) const {
+    if constexpr (kTileN % kBoxRows != 0) {
+      load_regions<kBoxRows + 8>(tile, map, full, row, kv_head, batch);
+    } else {
+      if constexpr (kBoxRows < kTileN) {
+        if (source.box_rows != kBoxRows) {
+          return load_regions<kBoxRows + 8>(tile, map, full, row, kv_head, batch);
+        }
+      }
+      constexpr int kBoxes = kTileN / kBoxRows;
+      int rows[kBoxes];
+#pragma unroll
+      for (int box = 0; box < kBoxes; ++box) rows[box] = __shfl_sync(0xffffffffu, row, box);
+      if (ptx::elect_one()) {
+        ptx::mbarrier_arrive_expect(full, KeyShared::kBytes);
+#pragma unroll
+        for (int box = 0; box < kBoxes; ++box) {
+#pragma unroll
+          for (int panel = 0; panel < KeyShared::kPanels; ++panel) {
+            ptx::tma_load_4d(tile.base + panel * KeyShared::kPanelBytes + box * kBoxRows * 128, map, full, panel * 64,
+                             rows[box], kv_head, batch);
+          }
+        }
+      }
+      __syncwarp();
+    }
+  }
+
+  // One warp, whose first lane publishes. K runs a tile ahead of V, as above. Where the boxes of a tile lie is looked
+  // up a tile ahead, before the wait for room, so that no copy waits for global memory.
+  __device__ __forceinline__ void load_queries_and_regions(const CUtensorMap* query_map, const CUtensorMap* key_map,
+                                                           const CUtensorMap* value_map, const TileSchedule& schedule,
+                                                           int* tile_counter) const {
+    const bool leads = threadIdx.x % 32 == 0;
+    const int first_key = threadIdx.x % 32 * source.box_rows;  // of this lane's box in a tile
+    Ring<kWorkStages> published;
+    Ring<kWorkStages> ring;
+    Ring<kQueryStages> queries;
+    Ring<kStages> keys, values;
+    if (leads) publish(published, schedule, blockIdx.x, tile_counter);
+    while (true) {
+      ring.wait_full(control.work_full);
+      const TileWork& work = control.work[ring.index];
+      if (work.plane < 0) return;
+      // Barriers make the compiler read memory anew, so what every copy needs is kept in registers.
+      const int batch = work.batch;
+      const int kv_head = work.kv_head;
+      const auto boxes = source.boxes(params, batch, work.head, work.queries);
+      KeyTileWalk<kTileN> walk(work.segments, work.queries.begin);
+      int next = boxes.row(walk.tile(), first_key);
+      int pending = -1;  // this lane's box of the tile whose keys are under way and whose values are not
+      while (true) {
+        const int row = next;  // -1 behind the last tile
+        if (row >= 0) {
+          walk.advance();
+          next = walk.done() ? -1 : boxes.row(walk.tile(), first_key);
+          keys.wait_empty(control.key_empty);
+          load_regions(key_tile(keys.index), key_map, control.key_full + keys.index, row, kv_head, batch);
+          keys.advance();
+        }
+        if (pending >= 0) {
+          values.wait_empty(control.value_empty);
+          load_regions(value_tile(values.index), value_map, control.value_full + values.index, pending, kv_head, batch);
+          values.advance();
+        } else {
+          if (leads) {
+            queries.wait_empty(control.query_empty);
+            load_query_tile(query_map, queries.index, work);
+            publish(published, schedule, next_item(tile_counter), tile_counter);
+          }
+          __syncwarp();
+        }
+        if (row < 0) break;
+        pending = row;
+      }
+      ptx::mbarrier_arrive(control.work_empty + ring.index);
       queries.advance();
       ring.advance();
     }
@@ -498,8 +577,10 @@ struct ForwardSm90 {
       ptx::registers_decrease<Sizes::kProducerRegisters>();
       if (threadIdx.x >= 32) {
         if constexpr (Keys::kRotatesQueries) self.prepare_queries(threadIdx.x - 32);
+      } else if constexpr (!Keys::kRotatesQueries) {
+        self.load_queries_and_regions(query_map, &key_map, &value_map, schedule, tile_counter);
       } else if constexpr (Keys::kInBoxes) {
-        self.load_in_boxes(query_map, &key_map, &value_map, schedule, tile_counter);
+        self.load_in_boxes(&key_map, &value_map, schedule, tile_counter);
       } else if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&key_map);
         ptx::prefetch_tensor_map(&value_map);

@@ -47,7 +47,11 @@ struct RegionKeys {
   static constexpr bool kRagged = false;
 
   AttendedRegions lists;
-  int box_rows;  // rows of a region that the copy engine brings at once, a divisor of the key tile; Hopper only
+  // Hopper only: the rows of a region that the copy engine brings at once, a divisor of the key tile.
+  int box_rows;
+  // Hopper only: 2^64 / region_size, rounded up. The upper half of the product with a key's index is the index divided
+  // by region_size, without error as long as both have 31 bits.
+  uint64_t reciprocal;
 
   __device__ __forceinline__ SegmentList segments(const ForwardParams& /*params*/, int batch, int head,
                                                   const QueryTile& queries) const {
@@ -70,20 +74,25 @@ struct RegionKeys {
     return {lists.of(batch, head, queries.begin)};
   }
 
-  // Places the boxes of a tile, each of whose `box`es a lane asks for.
+  // Places the boxes of a tile, each of which another lane asks for.
   struct Boxes {
-    ListedRegions regions;
-    int batch;
+    const int* ids;
+    int region_size;
+    uint64_t reciprocal;
     int behind;  // a row behind the last key, where only zeros are
 
-    __device__ __forceinline__ BoxPlace place(const KeyTile& tile, int key) const {
-      if (key >= tile.valid) return {behind, batch};
-      return {tile.regime == Regime::kIntra ? tile.begin + key : regions.token(tile.begin + key), batch};
+    // The first row of the box that begins at the tile's key `key`.
+    __device__ __forceinline__ int row(const KeyTile& tile, int key) const {
+      if (key >= tile.valid) return behind;
+      const int index = tile.begin + key;
+      if (tile.regime == Regime::kIntra) return index;
+      const int region = static_cast<int>(__umul64hi(index, reciprocal));
+      return index + (__ldg(ids + region) - region) * region_size;
     }
   };
-  __device__ __forceinline__ Boxes boxes(const ForwardParams& params, int batch, int head, const QueryTile& queries,
-                                         int /*seqlen_k*/) const {
-    return {lists.of(batch, head, queries.begin), batch, params.shape.seqlen_k};
+  __device__ __forceinline__ Boxes boxes(const ForwardParams& params, int batch, int head,
+                                         const QueryTile& queries) const {
+    return {lists.of(batch, head, queries.begin).ids, lists.geometry.region_size, reciprocal, params.shape.seqlen_k};
   }
 };
 

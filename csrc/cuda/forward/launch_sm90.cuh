@@ -104,7 +104,8 @@ template <typename T, int kHeadDim>
 const char* launch_region_forward_sm90(const ForwardParams& params, const AttendedRegions& regions,
                                        const VectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
   using Kernel = ForwardSm90<T, kHeadDim, RegionKeys>;
-  const RegionKeys keys{regions, std::gcd(regions.geometry.region_size, plan.tile_n)};
+  const int region_size = regions.geometry.region_size;
+  const RegionKeys keys{regions, std::gcd(region_size, plan.tile_n), UINT64_MAX / region_size + 1};
   const TileSchedule schedule = make_region_tile_schedule(params, regions.heads_per_list, plan.tile_m);
   const AttentionShape& shape = params.shape;
   const RowTensor q{params.q, params.q_strides, shape.batch, shape.seqlen_q, shape.heads, shape.head_dim};

@@ -1,4 +1,5 @@
-// What a Hopper warpgroup (four warps) needs beside its products: registers, named barriers, fences (sm_90a).
+// What a Hopper warpgroup (four warps) needs beside its products: registers, named barriers, fences, and the election
+// of a thread (sm_90a).
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,20 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
 
 __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// True for one lane of a warp that has converged. ptxas knows that it is one, unlike with a comparison of the lane's
+// index.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
 }
 
 // Orders this thread's ordinary stores to shared memory before later reads by wgmma or the copy engine.
