@@ -30,7 +30,7 @@ PASSES = ["forward", "backward"]
 BENCHMARKS = [*PASSES, "finetune"]
 DEFAULT_STAGES = ["pytest", "sanitizer", "forward"]
 TAIL_LINES = 40
-SANITIZER_SHARES = 5  # processes of one tool at a time: it is the host that a sanitizer keeps busy
+SANITIZER_SHARES = 7  # processes of one tool at a time: it is the host that a sanitizer keeps busy
 
 
 @dataclass
