@@ -58,7 +58,9 @@ const char* launch(const ForwardParams& forward, const DecodeParams& params, con
 bool is_prefill(const DecodeParams& params, const DecodeDevice& device, const DecodePaths& paths) {
   if (device.compute_capability != 90 || forced_kernel() == KernelChoice::kPortable) return false;
   if (!paths.cache || params.cache.float8 || params.num_splits > 1 || params.seqlen_q < kMinQueries) return false;
-  const KernelPlan plan = plan_forward({.head_dim = params.head_dim}, device.compute_capability);
+  const AttentionShape shape{params.batch, params.seqlen_q, params.cache.capacity,
+                             params.heads, params.kv_heads, params.head_dim};
+  const KernelPlan plan = plan_forward(shape, device.compute_capability);
   if (cache_box_rows(params.cache, params.geometry, plan.tile_n) % 8 != 0) return false;
   // Nobody shares the keys of a query tile, so there must be enough of them.
   const int64_t tiles = static_cast<int64_t>(params.batch) * params.heads * (params.seqlen_q / plan.tile_m);
