@@ -356,6 +356,13 @@ void check_regions(int64_t region_size, int64_t merge) {
   check_count("merge", merge);
 }
 
+void check_top_k_on_device(const SelectArguments& arguments) {
+  if (!arguments.q.is_cuda()) return;
+  const int64_t regions = (arguments.q.size(1) + arguments.region_size - 1) / arguments.region_size;
+  check(arguments.top_k <= cuda::kLargestTopK || arguments.top_k >= regions, "top_k must be at most ",
+        cuda::kLargestTopK, " on CUDA, or at least the number of regions, ", regions, "; got ", arguments.top_k);
+}
+
 void check_word(const char* name, const std::string& word, const char* first, const char* second) {
   check(word == first || word == second, name, " must be '", first, "' or '", second, "', got '", word, "'");
 }
@@ -464,17 +471,6 @@ void check_cache_contents(const DecodeParams& params) {
     }
   }
 }
-
-namespace {
-
-void check_top_k_on_device(const SelectArguments& arguments) {
-  if (!arguments.q.is_cuda()) return;
-  const int64_t regions = (arguments.q.size(1) + arguments.region_size - 1) / arguments.region_size;
-  check(arguments.top_k <= cuda::kLargestTopK || arguments.top_k >= regions, "top_k must be at most ",
-        cuda::kLargestTopK, " on CUDA, or at least the number of regions, ", regions, "; got ", arguments.top_k);
-}
-
-}  // namespace
 
 void check_select(const SelectArguments& arguments) {
   check_queries_and_keys(arguments.q, arguments.k, false);

@@ -1,7 +1,5 @@
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <array>
 #include <string>
 
 #include "../kernels.h"
@@ -61,8 +59,7 @@ std::tuple<Tensor, Tensor> dca_cuda(Tensor q, Tensor k, Tensor v, Tensor cos, Te
   ForwardParams params = forward_params(arguments, out, softmax_lse);
   // Live until the attention is enqueued; the allocator hands their memory on in stream order.
   std::optional<Tensor> rotated;
-  const std::array<int64_t, 1> one{1};
-  Tensor tile_counter = torch::stable::new_empty(q, {one.data(), one.size()}, torch::headeronly::ScalarType::Int);
+  const Tensor tile_counter = new_workspace(q, sizeof(int));
   params.tile_counter = static_cast<int*>(tile_counter.mutable_data_ptr());
   if (!k_rotated) {
     rotated = new_contiguous(k);

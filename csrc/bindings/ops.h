@@ -1,4 +1,5 @@
-// The operators, one function per verb and device. Parameters stand in the order of the schemas in library.cpp.
+// The operators, one function per verb and device, or for both where they differ in the kernel alone. Parameters stand
+// in the order of the schemas in library.cpp.
 #pragma once
 
 #include <optional>
@@ -47,30 +48,18 @@ std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward_cpu(
 
 // Append k and v to the cache, then attend. Return out [batch, seqlen_q, heads, head_dim] and softmax_lse [batch,
 // heads, seqlen_q], or write to the given out and return softmax_lse.
-std::tuple<Tensor, Tensor> dca_with_kvcache_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin,
-                                                Tensor cache_seqlens, int64_t chunk_size, int64_t local_size,
-                                                std::optional<Tensor> block_table, std::optional<Tensor> k,
-                                                std::optional<Tensor> v, std::optional<Tensor> k_scale,
-                                                std::optional<Tensor> v_scale, int64_t num_splits,
-                                                std::optional<double> scale, std::optional<Tensor> temperature,
-                                                bool interleaved, bool q_rotated);
-Tensor dca_with_kvcache_out_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin, Tensor cache_seqlens,
-                                int64_t chunk_size, int64_t local_size, std::optional<Tensor> block_table,
-                                std::optional<Tensor> k, std::optional<Tensor> v, std::optional<Tensor> k_scale,
-                                std::optional<Tensor> v_scale, int64_t num_splits, std::optional<double> scale,
-                                std::optional<Tensor> temperature, bool interleaved, bool q_rotated, Tensor out);
-std::tuple<Tensor, Tensor> dca_with_kvcache_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin,
-                                                 Tensor cache_seqlens, int64_t chunk_size, int64_t local_size,
-                                                 std::optional<Tensor> block_table, std::optional<Tensor> k,
-                                                 std::optional<Tensor> v, std::optional<Tensor> k_scale,
-                                                 std::optional<Tensor> v_scale, int64_t num_splits,
-                                                 std::optional<double> scale, std::optional<Tensor> temperature,
-                                                 bool interleaved, bool q_rotated);
-Tensor dca_with_kvcache_out_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin, Tensor cache_seqlens,
-                                 int64_t chunk_size, int64_t local_size, std::optional<Tensor> block_table,
-                                 std::optional<Tensor> k, std::optional<Tensor> v, std::optional<Tensor> k_scale,
-                                 std::optional<Tensor> v_scale, int64_t num_splits, std::optional<double> scale,
-                                 std::optional<Tensor> temperature, bool interleaved, bool q_rotated, Tensor out);
+std::tuple<Tensor, Tensor> dca_with_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin,
+                                            Tensor cache_seqlens, int64_t chunk_size, int64_t local_size,
+                                            std::optional<Tensor> block_table, std::optional<Tensor> k,
+                                            std::optional<Tensor> v, std::optional<Tensor> k_scale,
+                                            std::optional<Tensor> v_scale, int64_t num_splits,
+                                            std::optional<double> scale, std::optional<Tensor> temperature,
+                                            bool interleaved, bool q_rotated);
+Tensor dca_with_kvcache_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin, Tensor cache_seqlens,
+                            int64_t chunk_size, int64_t local_size, std::optional<Tensor> block_table,
+                            std::optional<Tensor> k, std::optional<Tensor> v, std::optional<Tensor> k_scale,
+                            std::optional<Tensor> v_scale, int64_t num_splits, std::optional<double> scale,
+                            std::optional<Tensor> temperature, bool interleaved, bool q_rotated, Tensor out);
 
 // Returns int32 [batch, kv_heads or heads, groups, top_k].
 Tensor select_cpu(Tensor q, Tensor k, int64_t region_size, int64_t top_k, int64_t merge, std::string eligibility,

@@ -2,6 +2,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cache_attention.h"
 #include "cpu/cache.h"
 #include "cpu/forward_tile.h"
 #include "kernels.h"
@@ -41,22 +42,7 @@ struct DecodePlan {
 
 // The sequence of a batch row as a plain forward, whose keys are those of the cache.
 ForwardParams forward_of_sequence(const DecodeParams& params, int batch) {
-  ForwardParams forward{};
-  forward.q = params.q;
-  forward.out = params.out;
-  forward.softmax_lse = params.softmax_lse;
-  forward.q_strides = params.q_strides;
-  forward.out_strides = params.out_strides;
-  forward.shape = {params.batch, params.seqlen_q, params.cache.cache_seqlens[batch] + params.seqlen_new,
-                   params.heads, params.kv_heads, params.head_dim};
-  forward.dtype = params.dtype;
-  forward.geometry = params.geometry;
-  forward.rotary = params.rotary;
-  forward.scale = params.scale;
-  forward.temperature = params.temperature;
-  forward.q_rotated = params.q_rotated;
-  forward.k_rotated = true;
-  return forward;
+  return cache_attention(params, params.cache.cache_seqlens[batch] + params.seqlen_new);
 }
 
 void choose_splits(const DecodeParams& params, ParallelFor parallel_for, DecodePlan& plan) {

@@ -26,6 +26,13 @@ const char* compute_capability(int* capability) {
   return nullptr;
 }
 
+const char* multiprocessors(int* count) {
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
 KernelChoice forced_kernel() { return forced_choice; }
 
 const char* force_kernel(const char* name) {

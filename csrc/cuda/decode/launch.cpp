@@ -12,11 +12,9 @@ namespace {
 
 const char* describe_device(DecodeDevice* device) {
   if (const char* failure = compute_capability(&device->compute_capability)) return failure;
+  if (const char* failure = multiprocessors(&device->multiprocessors)) return failure;
   int index = 0;
   cudaError_t status = cudaGetDevice(&index);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  }
   if (status == cudaSuccess) {
     status = cudaDeviceGetAttribute(&device->shared_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   }

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/common/carver.h"
 #include "cuda/decode/tile_sizes.h"
 
 namespace chunkattn::cuda {
@@ -88,17 +89,15 @@ DecodePlan plan_decode(const DecodeParams& params, const DecodeDevice& device) {
 
 DecodeWorkspace lay_out_workspace(const DecodeParams& params, const DecodePlan& plan, void* memory, size_t* bytes) {
   const int64_t rows = plan.combine ? 2 * plan.blocks() * plan.tile_rows : 0;
-  const int64_t counts[4] = {rows * plan.head_dim_padded, rows * 2,
-                             plan.combine ? int64_t{2} * plan.row_tiles * params.batch : 0, 1};
-  constexpr size_t kElementBytes = 4, kAlignment = 256;
-  unsigned char* pieces[4] = {};
-  *bytes = 0;
-  for (int i = 0; i < 4; ++i) {
-    if (memory != nullptr) pieces[i] = static_cast<unsigned char*>(memory) + *bytes;
-    *bytes += (counts[i] * kElementBytes + kAlignment - 1) / kAlignment * kAlignment;
-  }
-  return {reinterpret_cast<float*>(pieces[0]), reinterpret_cast<float*>(pieces[1]), reinterpret_cast<int*>(pieces[2]),
-          reinterpret_cast<int*>(pieces[3])};
+  const int64_t sequences = plan.combine ? int64_t{2} * plan.row_tiles * params.batch : 0;
+  Carver carver(memory);
+  DecodeWorkspace workspace{};
+  workspace.out = carver.take<float>(rows * plan.head_dim_padded);
+  workspace.states = carver.take<float>(rows * 2);
+  workspace.groups = carver.take<int>(sequences);
+  workspace.tile_counter = carver.take<int>(1);
+  *bytes = carver.used();
+  return workspace;
 }
 
 }  // namespace chunkattn::cuda

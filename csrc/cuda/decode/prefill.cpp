@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cache_attention.h"
 #include "cuda/common/device.h"
 #include "cuda/decode/launchers.h"
 #include "cuda/forward/launchers.h"
@@ -15,24 +16,11 @@ constexpr int kMinQueries = 128;
 
 ForwardParams forward_params(const DecodeParams& params, const DecodeWorkspace& workspace) {
   const KeyValueCache& cache = params.cache;
-  ForwardParams forward{};
-  forward.q = params.q;
+  ForwardParams forward = cache_attention(params, cache.capacity);
   forward.k = cache.k;
   forward.v = cache.v;
-  forward.out = params.out;
-  forward.softmax_lse = params.softmax_lse;
-  forward.q_strides = params.q_strides;
   forward.k_strides = cache.k_strides;
   forward.v_strides = cache.v_strides;
-  forward.out_strides = params.out_strides;
-  forward.shape = {params.batch, params.seqlen_q, cache.capacity, params.heads, params.kv_heads, params.head_dim};
-  forward.dtype = params.dtype;
-  forward.geometry = params.geometry;
-  forward.rotary = params.rotary;
-  forward.scale = params.scale;
-  forward.temperature = params.temperature;
-  forward.q_rotated = params.q_rotated;
-  forward.k_rotated = true;
   forward.tile_counter = workspace.tile_counter;
   return forward;
 }
@@ -58,8 +46,7 @@ const char* launch(const ForwardParams& forward, const DecodeParams& params, con
 bool is_prefill(const DecodeParams& params, const DecodeDevice& device, const DecodePaths& paths) {
   if (device.compute_capability != 90 || forced_kernel() == KernelChoice::kPortable) return false;
   if (!paths.cache || params.cache.float8 || params.num_splits > 1 || params.seqlen_q < kMinQueries) return false;
-  const AttentionShape shape{params.batch, params.seqlen_q, params.cache.capacity,
-                             params.heads, params.kv_heads, params.head_dim};
+  const AttentionShape shape = cache_attention(params, params.cache.capacity).shape;
   const KernelPlan plan = plan_forward(shape, device.compute_capability);
   if (cache_box_rows(params.cache, params.geometry, plan.tile_n) % 8 != 0) return false;
   // Nobody shares the keys of a query tile, so there must be enough of them.

@@ -579,7 +579,7 @@ struct ForwardSm90 {
         if constexpr (Keys::kRotatesQueries) self.prepare_queries(threadIdx.x - 32);
       } else if constexpr (!Keys::kRotatesQueries) {
         self.load_queries_and_regions(query_map, &key_map, &value_map, schedule, tile_counter);
-      } else if constexpr (Keys::kInBoxes) {
+      } else if constexpr (Keys::kRagged) {
         self.load_in_boxes(&key_map, &value_map, schedule, tile_counter);
       } else if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&key_map);

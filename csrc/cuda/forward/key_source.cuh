@@ -19,8 +19,7 @@ struct BoxPlace {
 // Dual chunk attention: segments are ranges of keys.
 struct ChunkKeys {
   static constexpr bool kRotatesQueries = true;
-  static constexpr bool kInBoxes = false;  // otherwise a key tile is brought in several boxes, which the source places
-  static constexpr bool kRagged = false;   // otherwise every sequence has its own length, behind which lies anything
+  static constexpr bool kRagged = false;  // otherwise every sequence has its own length, behind which lies anything
 
   __device__ __forceinline__ SegmentList segments(const ForwardParams& params, int /*batch*/, int /*head*/,
                                                   const QueryTile& queries) const {
@@ -43,7 +42,6 @@ struct ChunkKeys {
 // Select-and-merge attention: the queries' own group, and the list of its regions. Rows are attended as they are.
 struct RegionKeys {
   static constexpr bool kRotatesQueries = false;
-  static constexpr bool kInBoxes = true;
   static constexpr bool kRagged = false;
 
   AttendedRegions lists;
@@ -99,7 +97,6 @@ struct RegionKeys {
 // Dual chunk attention to a cache: the device alone knows lengths and pages. Hopper only.
 struct CacheKeys {
   static constexpr bool kRotatesQueries = true;
-  static constexpr bool kInBoxes = true;
   static constexpr bool kRagged = true;
 
   KeyValueCache cache;

@@ -5,6 +5,7 @@
 
 #include <numeric>
 
+#include "cuda/common/persistent_launch.cuh"
 #include "cuda/common/tensor_map.h"
 #include "cuda/forward/forward_sm90.cuh"
 #include "cuda/forward/launchers.h"
@@ -66,25 +67,12 @@ inline const char* encode_maps(const ForwardParams& params, const VectorPaths& v
   return failure;
 }
 
-// Launches a block for each multiprocessor, as far as there are tiles; blocks take tiles from the counter.
-template <typename... Parameters, typename... Arguments>
-const char* launch_persistent(void (*kernel)(Parameters...), int threads, size_t shared_bytes, int64_t tiles,
-                              int* tile_counter, cudaStream_t stream, const Arguments&... arguments) {
-  if (tiles > INT32_MAX) return "q has too many query tiles for one launch";
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  }
-  if (status == cudaSuccess) status = cudaMemsetAsync(tile_counter, 0, sizeof(int), stream);
-  if (status != cudaSuccess) return cudaGetErrorString(status);
-  const int blocks = tiles < multiprocessors ? static_cast<int>(tiles) : multiprocessors;
-  kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
-  status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+// Kernel is the ForwardSm90 that `kernel` runs.
+template <typename Kernel, typename Function, typename... Arguments>
+const char* launch_tiles(Function kernel, const TileSchedule& schedule, int* tile_counter, cudaStream_t stream,
+                         const Arguments&... arguments) {
+  const PersistentGrid grid{schedule.count(), Kernel::kThreads, static_cast<int>(Kernel::kSharedBytes)};
+  return launch_persistent(kernel, grid, tile_counter, stream, arguments...);
 }
 
 template <typename T, int kHeadDim>
@@ -96,8 +84,8 @@ const char* launch_forward_sm90(const ForwardParams& params, const VectorPaths& 
   const char* failure = encode_maps(params, vectorized, params.shape.batch, params.shape.seqlen_k, plan.tile_n,
                                     &key_map, &value_map, &output_map);
   if (failure != nullptr) return failure;
-  return launch_persistent(&dca_forward_sm90<T, kHeadDim>, Kernel::kThreads, Kernel::kSharedBytes, schedule.count(),
-                           params.tile_counter, stream, params, vectorized, schedule, key_map, value_map, output_map);
+  return launch_tiles<Kernel>(&dca_forward_sm90<T, kHeadDim>, schedule, params.tile_counter, stream, params, vectorized,
+                              schedule, key_map, value_map, output_map);
 }
 
 template <typename T, int kHeadDim>
@@ -116,9 +104,8 @@ const char* launch_region_forward_sm90(const ForwardParams& params, const Attend
         encode_maps(params, vectorized, shape.batch, shape.seqlen_k, keys.box_rows, &key_map, &value_map, &output_map);
   }
   if (failure != nullptr) return failure;
-  return launch_persistent(&select_merge_forward_sm90<T, kHeadDim>, Kernel::kThreads, Kernel::kSharedBytes,
-                           schedule.count(), params.tile_counter, stream, params, vectorized, keys, schedule, query_map,
-                           key_map, value_map, output_map);
+  return launch_tiles<Kernel>(&select_merge_forward_sm90<T, kHeadDim>, schedule, params.tile_counter, stream, params,
+                              vectorized, keys, schedule, query_map, key_map, value_map, output_map);
 }
 
 template <typename T, int kHeadDim>
@@ -133,9 +120,8 @@ const char* launch_cache_forward_sm90(const ForwardParams& params, const KeyValu
       encode_maps(params, vectorized, paged ? cache.num_pages : params.shape.batch,
                   paged ? cache.page_size : cache.capacity, keys.box_rows, &key_map, &value_map, &output_map);
   if (failure != nullptr) return failure;
-  return launch_persistent(&dca_cache_forward_sm90<T, kHeadDim>, Kernel::kThreads, Kernel::kSharedBytes,
-                           schedule.count(), params.tile_counter, stream, params, vectorized, keys, schedule, key_map,
-                           value_map, output_map);
+  return launch_tiles<Kernel>(&dca_cache_forward_sm90<T, kHeadDim>, schedule, params.tile_counter, stream, params,
+                              vectorized, keys, schedule, key_map, value_map, output_map);
 }
 
 }  // namespace chunkattn::cuda

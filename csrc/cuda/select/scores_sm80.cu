@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "cuda/common/copy_rows.cuh"
+#include "cuda/common/persistent_launch.cuh"
 #include "cuda/common/warp_multiply.cuh"
 #include "cuda/select/row_block.cuh"
 #include "cuda/select/row_candidates.cuh"
@@ -133,28 +134,11 @@ template <int kHeadDim, bool kInRegisters>
 const char* launch(const SelectPass& pass, cudaStream_t stream) {
   using Kernel = ScoresSm80<kHeadDim, kInRegisters>;
   const TileSchedule schedule = row_schedule(pass, Kernel::kTileM);
-  if (schedule.count() > INT32_MAX) return "q has too many regions for one launch";
-  const auto kernel = &select_scores_sm80<kHeadDim, kInRegisters>;
-  int device = 0, multiprocessors = 0, resident = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
-  }
-  if (status == cudaSuccess) {
-    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, Kernel::kThreads, Kernel::kSharedBytes);
-  }
-  if (status == cudaSuccess) status = cudaMemsetAsync(pass.workspace.tile_counter, 0, sizeof(int), stream);
-  if (status != cudaSuccess) return cudaGetErrorString(status);
   // The candidates have room for kMaximumBlocks of the largest block of rows.
   constexpr int kRoom = kMaximumBlocks * (kLargestRowBlock / Kernel::kTileM);
-  const int most = multiprocessors * resident < kRoom ? multiprocessors * resident : kRoom;
-  const int blocks = schedule.count() < most ? static_cast<int>(schedule.count()) : most;
-  kernel<<<blocks, Kernel::kThreads, Kernel::kSharedBytes, stream>>>(pass, schedule);
-  status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  const PersistentGrid grid{schedule.count(), Kernel::kThreads, Kernel::kSharedBytes, 0, kRoom};
+  return launch_persistent(&select_scores_sm80<kHeadDim, kInRegisters>, grid, pass.workspace.tile_counter, stream, pass,
+                           schedule);
 }
 
 template <int kHeadDim>

@@ -1,3 +1,4 @@
+#include "cuda/common/persistent_launch.cuh"
 #include "cuda/common/tensor_map.h"
 #include "cuda/select/scores_sm90.cuh"
 
@@ -18,29 +19,15 @@ template <int kHeadDim, bool kInRegisters>
 const char* launch(const SelectPass& pass, cudaStream_t stream) {
   using Kernel = ScoresSm90<kHeadDim, kInRegisters>;
   const TileSchedule schedule = row_schedule(pass, Kernel::kTileM);
-  if (schedule.count() > INT32_MAX) return "q has too many regions for one launch";
   const int64_t row = 2 * kHeadDim;
   const RowTensor keys{
       pass.workspace.k_means, {pass.rule.regions * row, row, row}, pass.kv_planes, pass.rule.regions, 1, 2 * kHeadDim};
   CUtensorMap key_map;
   if (const char* failure = encode_row_map(&key_map, keys, DataType::kFloat16, Kernel::kTileN)) return failure;
 
-  const auto kernel = &select_scores_sm90<kHeadDim, kInRegisters>;
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
-  }
-  if (status == cudaSuccess) status = cudaMemsetAsync(pass.workspace.tile_counter, 0, sizeof(int), stream);
-  if (status != cudaSuccess) return cudaGetErrorString(status);
-  const int most = multiprocessors < kMaximumBlocks ? multiprocessors : kMaximumBlocks;
-  const int blocks = schedule.count() < most ? static_cast<int>(schedule.count()) : most;
-  kernel<<<blocks, Kernel::kThreads, Kernel::kSharedBytes, stream>>>(pass, schedule, key_map);
-  status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  const PersistentGrid grid{schedule.count(), Kernel::kThreads, Kernel::kSharedBytes, 1, kMaximumBlocks};
+  return launch_persistent(&select_scores_sm90<kHeadDim, kInRegisters>, grid, pass.workspace.tile_counter, stream, pass,
+                           schedule, key_map);
 }
 
 template <int kHeadDim>
