@@ -41,6 +41,7 @@ class Forward:
     attachment: "Attachment"
     key_length: int | Tensor = 0  # filled cache slots, the new tokens included; int32 [B] where only the device knows
     sequences: list[SequenceTokens] | None = None  # None: no padding
+    new: Tensor | None = None  # bool [B, new tokens], the real ones; None: no padding
 
 
 class Attachment:
@@ -121,7 +122,7 @@ class Attachment:
         check_positions(kwargs.get("position_ids"), positions, slots, is_new, self.method)
         kwargs["position_ids"] = positions
         forward.sequences = None if real is None else locate_tokens(real, cached)
-        forward.key_length = key_length
+        forward.key_length, forward.new = key_length, is_new
         if real is None and device_length is not None:
             forward.key_length = device_length.to(tokens.device, torch.int32).expand(batch).contiguous()
         kwargs["chunkattn_forward"] = forward

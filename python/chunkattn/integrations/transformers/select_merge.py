@@ -6,10 +6,12 @@ of the true positions, computed in float64, because transformers' own float32 pr
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import chunkattn
 from chunkattn._checks import check_int, check_positive
@@ -22,7 +24,8 @@ from chunkattn.integrations.transformers.attachment import (
     register,
     resolve,
 )
-from chunkattn.integrations.transformers.padding import SequenceTokens, attend_rows
+from chunkattn.integrations.transformers.cache import SelectMergeLayer, adopt
+from chunkattn.integrations.transformers.padding import attend_rows
 from chunkattn.rotary import CRDNTK, CyclicRotary, ntk_base, rope_rows
 
 SELECT_MERGE_IMPLEMENTATION = "chunkattn_select_merge"
@@ -33,6 +36,7 @@ _WORDS = {
     "selection": ("lookahead", "causal"),
     "heads": ("kv", "q"),
     "select_on": ("rotated", "unrotated"),
+    "decoding": ("causal", "query"),
 }
 
 
@@ -46,14 +50,20 @@ def enable_select_merge(
     selection: str = "lookahead",
     heads: str = "kv",
     select_on: str = "rotated",
+    decoding: str | None = None,
     ntk_scale: float = 1.0,
 ) -> None:
-    """Makes a loaded Hugging Face causal language model run select-and-merge attention, in training and forward().
+    """Makes a loaded Hugging Face causal language model run select-and-merge attention, in training, forward() and
+    generate().
 
     The model is changed in place; :func:`disable_select_merge` puts it back. A second call replaces the settings of the
     first, and :func:`enable_dca` replaces the method. Up to ``(top_k + merge) * region_size`` tokens the attention is
     the model's own. Transformers keeps the attention implementation in the config, so a model needs a config object of
     its own, as from_pretrained makes.
+
+    The first forward over an empty cache, such as a prompt, is computed as without a cache, and what follows goes
+    through :class:`chunkattn.SelectMergeCache`, which takes the place of the layers in transformers' dynamic or static
+    cache. With gradients enabled no cache is made.
 
     For training with CRD NTK pass each forward the draw of its step, which then replaces the positions and the base:
     ``model(tokens, labels=tokens, rotary=crd_ntk(model).draw(step, tokens.shape[1], generator))``. Nothing of it stays
@@ -66,6 +76,9 @@ def enable_select_merge(
         region_size, top_k, merge, eligibility, selection, heads: see :func:`chunkattn.select`.
         select_on: "rotated": regions are chosen by queries and keys as attention sees them; "unrotated": without
             their positions.
+        decoding: how tokens behind a cache choose their regions: "causal", by the group before, or "query", each by its
+            own query; see :class:`chunkattn.SelectMergeCache`. Default: "causal" with selection="causal", where
+            generation step by step equals one forward over the whole sequence; else "query".
         ntk_scale: lambda of CRD NTK for forwards without a draw, how many times the trained length is covered: the
             base becomes :func:`chunkattn.ntk_base` of the model's. Other than 1 for the rope type default only.
 
@@ -83,13 +96,16 @@ def enable_select_merge(
     }  # fmt: skip
     for name in ("region_size", "top_k", "merge"):
         check_int(name, settings[name], 1)
-    for name, word in (settings | {"select_on": select_on}).items():
-        if name in _WORDS and word not in _WORDS[name]:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, _WORDS[name]))}, got {word!r}")
+    if decoding is None:
+        decoding = "causal" if selection == "causal" else "query"
+    words = settings | {"select_on": select_on, "decoding": decoding}
+    for name, allowed in _WORDS.items():
+        if words[name] not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {words[name]!r}")
     check_positive("ntk_scale", ntk_scale)
     if ntk_scale != 1:
         _check_base(decoder.rotary_emb, "ntk_scale must be 1")
-    attach(model, _SelectMerge, settings, select_on, ntk_scale)
+    attach(model, _SelectMerge, settings, select_on, decoding, ntk_scale)
 
 
 def disable_select_merge(model: nn.Module) -> None:
@@ -127,12 +143,45 @@ def crd_ntk(model: nn.Module, **settings: Any) -> CRDNTK:
     return CRDNTK(**own | settings)
 
 
+class _NewTokens:
+    """Moves the real tokens of each row of a padded batch to its front, where the cache takes them, and back."""
+
+    def __init__(self, real: Tensor | None):
+        """real: bool [B, S]; None without padding."""
+        self.order = self.count = None
+        if real is not None and not real.all():
+            self.order = real.logical_not().int().argsort(dim=1, stable=True)
+            self.count = real.sum(dim=1, dtype=torch.int32)
+
+    def to_front(self, x: Tensor) -> Tensor:
+        return x if self.order is None else x[self._places(x)]
+
+    def back(self, x: Tensor) -> Tensor:
+        if self.order is None:
+            return x
+        out = torch.empty_like(x)
+        out[self._places(x)] = x
+        return out
+
+    def count_on(self, device: torch.device) -> Tensor | None:
+        return None if self.count is None else self.count.to(device)
+
+    def _places(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        order = self.order.to(x.device)
+        return torch.arange(len(order), device=x.device)[:, None], order
+
+
 @dataclass
 class _SelectMergeForward(Forward):
     draw: CyclicRotary | None = None
     rows: tuple[Tensor, Tensor] | None = (
         None  # cosines and sines of the new tokens, float32 [1 or B, S, rotary_dim / 2]
     )
+    layers: list[SelectMergeLayer] | None = None
+
+    @cached_property
+    def new_tokens(self) -> _NewTokens:
+        return _NewTokens(self.new)
 
 
 @register
@@ -141,9 +190,10 @@ class _SelectMerge(Attachment):
     method = "select-and-merge attention"
     function = "select_merge"
 
-    def __init__(self, decoder: nn.Module, settings: dict[str, Any], select_on: str, ntk_scale: float):
+    def __init__(self, decoder: nn.Module, settings: dict[str, Any], select_on: str, decoding: str, ntk_scale: float):
         super().__init__(decoder)
         self.settings = settings
+        self.cache_options = settings | {"selection": decoding}
         self.select_on = select_on
         self.base = None
         if ntk_scale != 1:
@@ -153,37 +203,70 @@ class _SelectMerge(Attachment):
     def hook_rotary(self) -> Any:
         return self.rotary.register_forward_hook(self._replace_angles, with_kwargs=True)
 
+    def wants_length(self, device: torch.device) -> bool:
+        return False
+
     def begin(self, decoder: nn.Module, kwargs: dict[str, Any], tokens: Tensor) -> Forward:
         draw = kwargs.pop("rotary", None)
+        cache = kwargs.get("past_key_values")
         if draw is not None:
             _check_draw(draw, self.rotary, tokens.shape[1])
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
-            raise ValueError("past_key_values must be empty")
-        self._forward = _SelectMergeForward(self, draw=draw)
+            if cache is not None:
+                raise ValueError("rotary must be None with past_key_values: cached keys are at their true positions")
+        use_cache = kwargs.get("use_cache")
+        if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
+            # The cache has no backward, and what it holds is of no use to forwards at other positions.
+            if torch.is_grad_enabled() or draw is not None:
+                kwargs["use_cache"] = False
+            else:
+                kwargs["past_key_values"] = cache = DynamicCache(config=decoder.config)
+        if cache is not None:
+            adopt(cache, self.cache_options, decoder.config.num_hidden_layers)
+        self._forward = _SelectMergeForward(self, draw=draw, layers=None if cache is None else cache.layers)
         return self._forward
 
     def attend(
         self, forward: Forward, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float | None
     ) -> Tensor:
-        """All of a sequence at once: k and v have the tokens of q."""
+        """k and v have the tokens of q alone: the cache, if there is one, has the others."""
         select = ()
         if self.select_on == "unrotated":
             with torch.no_grad():
                 select = tuple(_unrotate(x, *forward.rows) for x in (q, k))
+        layer = None if forward.layers is None else forward.layers[module.layer_idx]
+        if layer is None:
+            return self._attend(forward, scale, q, k, v, *select)
+        # Under autocast queries and keys are float32, and values, like the cache, are not.
+        q, k, *select = (x.to(v.dtype) for x in (q, k, *select))
+        starts = layer.is_empty
+        if starts:
+            out = self._attend(forward, scale, q, k, v, *select)
+        _check_padding(forward, layer, first=module.layer_idx == 0)
+        layer.reserve(q, k)
+        new = forward.new_tokens
+        arguments = [new.to_front(x) for x in (q, k, v, *select)]
+        options = dict(zip(("select_q", "select_k"), arguments[3:], strict=False), new_seqlens=new.count_on(q.device))
+        if starts:
+            layer.cache.append(*arguments[:3], **options)
+        else:
+            out = new.back(layer.cache.attend(*arguments[:3], scale=scale, **options))
+        layer.advance(q.shape[1])
+        return out
+
+    def _attend(self, forward: Forward, scale: float | None, *tensors: Tensor) -> Tensor:
+        """Whole sequences: q, k, v and the rows to select on where they are others, [B, S, heads, D]."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, select_q: Any = None, select_k: Any = None) -> Tensor:
+            return chunkattn.select_merge(q, k, v, scale=scale, select_q=select_q, select_k=select_k, **self.settings)
+
         if forward.sequences is None:
-            return self._attend(scale, q, k, v, *select)
-
-        def attend_row(row: int, tokens: SequenceTokens) -> Tensor:
-            return self._attend(scale, *(x[row, tokens.queries][None] for x in (q, k, v, *select)))
-
-        # Under autocast q is float32 and v, like the result, is not.
-        return attend_rows(forward.sequences, q, v.dtype, attend_row)
-
-    def _attend(
-        self, scale: float | None, q: Tensor, k: Tensor, v: Tensor, select_q: Any = None, select_k: Any = None
-    ) -> Tensor:
-        return chunkattn.select_merge(q, k, v, scale=scale, select_q=select_q, select_k=select_k, **self.settings)
+            return attend(*tensors)
+        return attend_rows(
+            forward.sequences,
+            tensors[0],
+            tensors[2].dtype,
+            lambda row, tokens: attend(*(x[row, tokens.queries][None] for x in tensors)),
+        )
 
     def _replace_angles(
         self, rotary: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, Tensor]
@@ -204,6 +287,22 @@ class _SelectMerge(Attachment):
             (torch.cat((row, row), dim=-1) * rotary.attention_scaling).to(out.dtype)
             for row, out in zip(rows, output, strict=True)
         )
+
+
+def _check_padding(forward: Forward, layer: SelectMergeLayer, first: bool) -> None:
+    """The cache keeps no padding, so that what a call says of cached tokens must be what it was told of them."""
+    if forward.sequences is None:
+        if layer.has_padding:
+            raise ValueError("attention_mask must mark the padding of the tokens in past_key_values, got no padding")
+        return
+    if first and not layer.is_empty:
+        counts = [tokens.length for tokens in forward.sequences]
+        kept = (layer.cache.seqlens + forward.new.sum(dim=1).to(layer.cache.seqlens.device)).tolist()
+        if counts != kept:
+            raise ValueError(
+                f"attention_mask must mark the {kept} tokens there are with those in past_key_values, got {counts}"
+            )
+    layer.has_padding = True
 
 
 def _unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
