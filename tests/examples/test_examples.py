@@ -20,6 +20,8 @@ import byte_model  # noqa: E402
 import corpus  # noqa: E402
 import extend_context  # noqa: E402
 import finetune_dca  # noqa: E402
+import finetune_select_merge  # noqa: E402
+import finetuning  # noqa: E402
 import serve  # noqa: E402
 import train_byte_llama  # noqa: E402
 from next_token_loss import next_token_loss  # noqa: E402
@@ -316,18 +318,18 @@ def test_next_token_loss_is_that_of_all_logits(tiny_checkpoint, tokens_per_block
 
 def test_windows_are_drawn_from_all_of_every_document():
     documents = [torch.arange(begin, begin + 12, dtype=torch.uint8) for begin in (0, 100)]
-    windows = finetune_dca.Windows(documents, 10, seed=0)
+    windows = finetuning.Windows(documents, 10, seed=0)
     drawn = {tuple(windows.draw("cpu")[0].tolist()) for _ in range(64)}
     assert drawn == {tuple(range(start, start + 11)) for start in (0, 1, 100, 101)}
 
 
 def test_held_out_windows_of_every_length_end_alike():
     documents = [torch.arange(3000) % 251, torch.arange(2000) % 249]
-    text = finetune_dca.hold_out(documents, None, [512, 1024], 4)
+    text = finetuning.hold_out(documents, None, [512, 1024], 4)
     assert text.windows.shape == (4, 1024)
     scored = {tuple(window[-byte_model.SCORED_BYTES :].tolist()) for window in text.windows}
     assert len(scored) == 4
-    assert len(finetune_dca.hold_out(documents, None, [512, 1024], 1000).windows) == 8 + 4
+    assert len(finetuning.hold_out(documents, None, [512, 1024], 1000).windows) == 8 + 4
 
 
 @pytest.mark.parametrize(
@@ -340,7 +342,7 @@ def test_held_out_windows_of_every_length_end_alike():
     ],
 )
 def test_finetuning_is_scored_from_the_trained_length_on(trained_length, length, longest, lengths):
-    assert finetune_dca.evaluation_lengths(trained_length, length, longest) == lengths
+    assert finetuning.evaluation_lengths(trained_length, length, longest) == lengths
 
 
 @pytest.mark.parametrize(
