@@ -23,6 +23,9 @@ void select_merge_backward(const SelectMergeBackwardParams& params, ParallelFor 
 // Appends the new keys and values to the cache, then attends.
 void dca_decode(const DecodeParams& params, ParallelFor parallel_for);
 
+// Appends the tokens to the cache, then attends.
+void select_merge_decode(const SelectMergeDecodeParams& params, ParallelFor parallel_for);
+
 }  // namespace cpu
 
 namespace cuda {
