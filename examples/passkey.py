@@ -43,14 +43,15 @@ WORDS = [*map(str, range(10)), *sorted(set(f"{FILLER} {STATEMENT} {QUESTION}".re
 SHORTEST = 48  # tokens of the first texts in training
 LEARNED = 0.95  # share of right digits at which texts get twice as long
 BATCH_TOKENS = 4096
-SIZES = {"region_size": 16, "top_k": 12, "merge": 4}
-NTK_SCALE = 16.0  # of the texts in the evaluation
+SIZES = {"region_size": 4, "top_k": 48, "merge": 16}  # at most 256 keys for a token
+PERIOD = 32  # of CRD NTK, in longest training texts
+NTK_SCALE = 48.0  # of the evaluation: among those of the training
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=768, help="tokens of the longest training texts (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, help="default: %(default)s")
+    parser.add_argument("--length", type=int, default=512, help="tokens of the longest training texts (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="default: %(default)s")
     parser.add_argument("--max-minutes", type=float, help="fit the steps of the training into this time")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="default: %(default)s")
     parser.add_argument(
@@ -137,9 +138,8 @@ def train(model: LlamaForCausalLM, args: argparse.Namespace) -> list[dict]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
     schedule = Schedule(args.steps, args.learning_rate, deadline)
-    positions = crd_ntk(
-        model, base_period=8 * args.length, period_start=8 * args.length, period_max=64 * args.length, grow_every=200
-    )
+    period = PERIOD * args.length
+    positions = crd_ntk(model, base_period=period, period_start=period, period_max=2 * period, grow_every=400)
     generator = torch.Generator().manual_seed(args.seed)
     history, longest, right = [], SHORTEST, 0.0
     started = time.monotonic()

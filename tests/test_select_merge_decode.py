@@ -335,9 +335,9 @@ def test_ids_that_are_no_regions_are_ignored(device):
     lists = torch.full((2, 2, 7, 7), -1, dtype=torch.int32, device=device)
     lists[:, :, 6] = ids
     oracle, plain = (
-        chunkattn.reference.select_merge(
-            *(x.to(kind) for x in full.values()), region_size=4, merge=5, indices=lists
-        )[:, 121:]
+        chunkattn.reference.select_merge(*(x.to(kind) for x in full.values()), region_size=4, merge=5, indices=lists)[
+            :, 121:
+        ]
         for kind in (torch.float64, dtype)
     )
     assert_within_rule(out, oracle, plain, "out")

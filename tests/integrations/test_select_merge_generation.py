@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from cases import skip_without_kernels
 from tiny_models import FAMILIES, LENGTH, calls_of, close, logits, make_model, make_tokens, padded
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import chunkattn
 from chunkattn import reference
-from chunkattn.integrations.transformers import crd_ntk, disable_select_merge, enable_select_merge
+from chunkattn.integrations.transformers import crd_ntk, disable_select_merge, enable_select_merge, select_merge
 
 transformers = pytest.importorskip("transformers")
 
@@ -288,3 +290,55 @@ def test_disabled_model_takes_no_cache_of_select_and_merge():
     model.generate(tokens, max_new_tokens=5, do_sample=False)
     disable_select_merge(model)
     assert torch.equal(model.generate(tokens, max_new_tokens=5, do_sample=False), plain)
+
+
+def static_steps(model, step, tokens, prompt):
+    """Logits of tokens read through a static cache, those after the prompt one by one by `step`."""
+    cache = transformers.StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 5)
+    pieces = [logits(model, tokens[:, :prompt], past_key_values=cache)]
+    with torch.no_grad():
+        pieces += [step(tokens[:, n : n + 1], past_key_values=cache).logits for n in range(prompt, tokens.shape[1])]
+    return torch.cat(pieces, dim=1)
+
+
+def test_compiled_decoding_over_a_static_cache(causal_llama):
+    # Compiled once: neither the growing length nor what is in the cache makes another graph.
+    torch.compiler.reset()
+    tokens = make_tokens()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(causal_llama, fullgraph=True, backend=counter)
+    close(static_steps(causal_llama, compiled, tokens, 20), logits(causal_llama, tokens))
+    assert counter.frame_count == 1
+
+
+def test_a_static_cache_is_used_without_waiting_for_its_length(causal_llama, monkeypatch):
+    tokens = make_tokens()
+    cache = transformers.StaticCache(config=causal_llama.config, max_cache_len=LENGTH)
+    logits(causal_llama, tokens[:, :-1], past_key_values=cache)
+    with monkeypatch.context() as patch:
+        for name in ("item", "__int__", "__bool__", "tolist", "__index__"):
+            patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the host waited for the device"))
+        last = logits(causal_llama, tokens[:, -1:], past_key_values=cache)
+    close(last, logits(causal_llama, tokens)[:, -1:])
+
+
+def test_a_device_without_kernels_for_decoding_reads_without_a_cache(causal_llama, monkeypatch):
+    tokens = make_tokens()
+    expected = logits(causal_llama, tokens)
+    monkeypatch.setattr(select_merge, "has_kernels", lambda operator, device: False)
+    with torch.no_grad():
+        result = causal_llama(tokens)
+    assert result.past_key_values is None
+    assert torch.equal(result.logits, expected)
+
+
+def test_generation_on_cuda(cuda):
+    skip_without_kernels(cuda, "select_merge_with_kvcache")
+    model = make_model(dtype=torch.bfloat16, head_dim=64).to(cuda)
+    enable_select_merge(model, **CAUSAL)
+    tokens = make_tokens().to(cuda)
+    for options in OPTIONS.values():
+        sequences = model.generate(tokens, max_new_tokens=20, do_sample=False, **options)
+        assert sequences.shape == (2, LENGTH + 20)
+    steps = static_steps(model, model, tokens, 20)
+    torch.testing.assert_close(steps, logits(model, tokens), rtol=0, atol=0.05)

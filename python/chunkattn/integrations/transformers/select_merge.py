@@ -6,7 +6,6 @@ of the true positions, computed in float64, because transformers' own float32 pr
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import DynamicCache
 
 import chunkattn
 from chunkattn._checks import check_int, check_positive
+from chunkattn._ops import has_kernels
 from chunkattn.integrations.transformers.attachment import (
     Attachment,
     Forward,
@@ -178,10 +178,14 @@ class _SelectMergeForward(Forward):
         None  # cosines and sines of the new tokens, float32 [1 or B, S, rotary_dim / 2]
     )
     layers: list[SelectMergeLayer] | None = None
+    _new_tokens: _NewTokens | None = None
 
-    @cached_property
+    @property
     def new_tokens(self) -> _NewTokens:
-        return _NewTokens(self.new)
+        """Found once for all layers."""
+        if self._new_tokens is None:
+            self._new_tokens = _NewTokens(self.new)
+        return self._new_tokens
 
 
 @register
@@ -216,7 +220,8 @@ class _SelectMerge(Attachment):
         use_cache = kwargs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             # The cache has no backward, and what it holds is of no use to forwards at other positions.
-            if torch.is_grad_enabled() or draw is not None:
+            caches = draw is None and has_kernels("select_merge_with_kvcache", tokens.device)
+            if torch.is_grad_enabled() or not caches:
                 kwargs["use_cache"] = False
             else:
                 kwargs["past_key_values"] = cache = DynamicCache(config=decoder.config)
