@@ -209,7 +209,7 @@ def draw(accuracy: list[list[float]], lengths: list[int], depths: list[float], t
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    image = axes.imshow(torch.tensor(accuracy).T, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(torch.tensor(accuracy).T.numpy(), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(lengths)), [length_label(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     inside = sum(length <= trained for length in lengths)
@@ -225,6 +225,7 @@ def draw(accuracy: list[list[float]], lengths: list[int], depths: list[float], t
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    transformers.utils.logging.set_verbosity_error()  # texts longer than the trained length are the point
     torch.manual_seed(args.seed)
     model = make_model(args.length, args.device)
     enable_select_merge(model, **SIZES, ntk_scale=NTK_SCALE)
