@@ -50,15 +50,15 @@ SHAPES = {
 
 # What --shape llama2-7b sets: the lengths of arXiv 2410.04211, and as many steps as show what one takes.
 PAPER = {"length": 32768, "top_k": 384, "merge": 128, "gradient_checkpointing": True}
-PAPER |= {"steps": 10, "batch": 1, "samples": 1}
+PAPER |= {"base_period": 8, "steps": 10, "samples": 1}
 
-# Of arXiv 2410.04211, for a trained length of 4096 tokens: M0 and P of CRD NTK in trained lengths.
-BASE_PERIOD, PERIOD_START, PERIOD_MAX = 8, 8, 256
+# P of CRD NTK in trained lengths, those of arXiv 2410.04211 for a model trained on 4096 tokens.
+PERIOD_START, PERIOD_MAX = 8, 256
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    finetuning.add_arguments(parser, plot="finetune_select_merge.png", batch=2)
+    finetuning.add_arguments(parser, plot="finetune_select_merge.png", batch=1)
     parser.set_defaults(lora=8, learning_rate=2e-3)
     parser.add_argument("--shape", choices=SHAPES, help="train a model of random weights of this shape instead")
     parser.add_argument("--region-size", type=int, default=16, help="tokens of a region (default: %(default)s)")
@@ -66,6 +66,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--merge", type=int, default=8, help="regions of a group (default: %(default)s)")
     parser.add_argument("--selection", choices=("lookahead", "causal"), default="causal", help="default: %(default)s")
     parser.add_argument("--no-crd-ntk", action="store_true", help="train at the true positions, with --ntk-scale")
+    parser.add_argument(
+        "--base-period",
+        type=int,
+        default=2,
+        metavar="N",
+        help="M0 of CRD NTK in trained lengths (default: %(default)s)",
+    )
     parser.add_argument("--grow-every", type=int, default=2000, help="steps between doublings of CRD NTK's period")
     parser.add_argument("--ntk-scale", type=float, help="lambda when reading (default: 2 * length / trained length)")
     parser.add_argument("--full", action="store_true", help="train the weights, not adapters")
@@ -105,7 +112,7 @@ def draw_positions(model: nn.Module, step: int, args: argparse.Namespace) -> dic
     trained_length = model.config.max_position_embeddings
     rule = crd_ntk(
         model,
-        base_period=BASE_PERIOD * trained_length,
+        base_period=args.base_period * trained_length,
         period_start=PERIOD_START * trained_length,
         period_max=PERIOD_MAX * trained_length,
         grow_every=args.grow_every,

@@ -43,15 +43,20 @@ WORDS = [*map(str, range(10)), *sorted(set(f"{FILLER} {STATEMENT} {QUESTION}".re
 SHORTEST = 48  # tokens of the first texts in training
 LEARNED = 0.95  # share of right digits at which texts get twice as long
 BATCH_TOKENS = 4096
-SIZES = {"region_size": 4, "top_k": 48, "merge": 16}  # at most 256 keys for a token
-PERIOD = 32  # of CRD NTK, in longest training texts
-NTK_SCALE = 48.0  # of the evaluation: among those of the training
+SIZES = {"region_size": 4, "top_k": 56, "merge": 8}  # at most 256 keys for a token
+NTK_SCALE = 64.0  # of the evaluation
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=512, help="tokens of the longest training texts (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1200, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=900, help="default: %(default)s")
+    parser.add_argument(
+        "--select-on",
+        choices=("unrotated", "rotated"),
+        default="unrotated",
+        help="choose regions by queries and keys without or with their positions (default: %(default)s)",
+    )
     parser.add_argument("--max-minutes", type=float, help="fit the steps of the training into this time")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="default: %(default)s")
     parser.add_argument(
@@ -138,8 +143,14 @@ def train(model: LlamaForCausalLM, args: argparse.Namespace) -> list[dict]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
     schedule = Schedule(args.steps, args.learning_rate, deadline)
-    period = PERIOD * args.length
-    positions = crd_ntk(model, base_period=period, period_start=period, period_max=2 * period, grow_every=400)
+    # A circle of positions not much longer than a text is closed within many texts, where neighbours are far apart.
+    positions = crd_ntk(
+        model,
+        base_period=args.length,
+        period_start=8 * args.length,
+        period_max=32 * args.length,
+        grow_every=max(1, args.steps // 4),
+    )
     generator = torch.Generator().manual_seed(args.seed)
     history, longest, right = [], SHORTEST, 0.0
     started = time.monotonic()
@@ -228,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()  # texts longer than the trained length are the point
     torch.manual_seed(args.seed)
     model = make_model(args.length, args.device)
-    enable_select_merge(model, **SIZES, ntk_scale=NTK_SCALE)
+    enable_select_merge(model, **SIZES, select_on=args.select_on, ntk_scale=NTK_SCALE)
     depths = [index / (args.depths - 1) for index in range(args.depths)]
 
     started = time.monotonic()
@@ -250,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             "parameters": model.num_parameters(),
             "training": history,
             **SIZES,
+            "select_on": args.select_on,
             "ntk_scale": NTK_SCALE,
             "samples": args.samples,
             "lengths": args.lengths,
