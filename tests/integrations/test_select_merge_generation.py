@@ -34,6 +34,12 @@ def causal_llama():
     return model
 
 
+def make_cache(model, kind):
+    if kind == "static":
+        return transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
+    return transformers.DynamicCache(config=model.config)
+
+
 def predicted(model, sequences, prompt):
     return logits(model, sequences[:, :-1]).argmax(dim=-1)[:, prompt - 1 :]
 
@@ -94,10 +100,7 @@ def test_a_prompt_in_lookahead_mode_and_what_follows_it(cache, decoding):
     model = make_model()
     enable_select_merge(model, **SIZES, decoding=decoding)
     tokens = make_tokens()
-    if cache == "static":
-        past = transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
-    else:
-        past = transformers.DynamicCache(config=model.config)
+    past = make_cache(model, cache)
     prompt = logits(model, tokens[:, :20], past_key_values=past)
     close(prompt, logits(model, tokens[:, :20], use_cache=False))
 
@@ -228,11 +231,7 @@ def test_autocast(causal_llama):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_cache_is_used_again_after_reset(causal_llama, kind):
     tokens = make_tokens()
-    cache = (
-        transformers.DynamicCache(config=causal_llama.config)
-        if kind == "dynamic"
-        else transformers.StaticCache(config=causal_llama.config, max_cache_len=LENGTH)
-    )
+    cache = make_cache(causal_llama, kind)
     expected = logits(causal_llama, tokens)
     for _ in range(2):
         cache.reset()
@@ -287,9 +286,21 @@ def test_disabled_model_takes_no_cache_of_select_and_merge():
     tokens = make_tokens()
     plain = model.generate(tokens, max_new_tokens=5, do_sample=False)
     enable_select_merge(model, **SIZES)
-    model.generate(tokens, max_new_tokens=5, do_sample=False)
+    past = transformers.DynamicCache(config=model.config)
+    logits(model, tokens[:, :20], past_key_values=past)
     disable_select_merge(model)
     assert torch.equal(model.generate(tokens, max_new_tokens=5, do_sample=False), plain)
+    with pytest.raises(ValueError, match="past_key_values belong to a model with select-and-merge attention enabled"):
+        logits(model, tokens[:, 20:], past_key_values=past)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_filled_in_inference_mode(causal_llama, kind):
+    tokens = make_tokens()
+    cache = make_cache(causal_llama, kind)
+    with torch.inference_mode():
+        causal_llama(tokens[:, :20], past_key_values=cache)
+    close(logits(causal_llama, tokens[:, 20:], past_key_values=cache), logits(causal_llama, tokens)[:, 20:])
 
 
 def static_steps(model, step, tokens, prompt):

@@ -33,6 +33,7 @@ class SelectMergeLayer(CacheLayerMixin):
         self.cache: chunkattn.SelectMergeCache | None = None
         self.has_padding = False
         self.is_empty = True
+        self.is_awaited = False  # by attention that will append what update() is given
         self._length: int | Tensor = 0  # slots: padding counts here, and nowhere in the cache
 
     @property
@@ -43,6 +44,10 @@ class SelectMergeLayer(CacheLayerMixin):
         raise ValueError("past_key_values of select-and-merge attention cannot be initialized early")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_awaited:
+            raise ValueError(
+                "past_key_values belong to a model with select-and-merge attention enabled: start with an empty cache"
+            )
         return key_states, value_states
 
     def get_seq_length(self) -> int | Tensor:
@@ -98,7 +103,7 @@ class SelectMergeLayer(CacheLayerMixin):
 
     def advance(self, tokens: int) -> None:
         """Counts slots that attention has appended."""
-        self.is_empty = False
+        self.is_empty = self.is_awaited = False
         if isinstance(self._length, Tensor):
             self._length.add_(tokens)
         else:
@@ -107,14 +112,19 @@ class SelectMergeLayer(CacheLayerMixin):
     def _make(self, capacity: int, q: Tensor, k: Tensor) -> chunkattn.SelectMergeCache:
         batch, _, kv_heads, head_dim = k.shape
         sizes = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity}
-        return chunkattn.SelectMergeCache(
-            **sizes, query_heads=q.shape[2], dtype=k.dtype, device=k.device, **self.options
-        )
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            return chunkattn.SelectMergeCache(
+                **sizes, query_heads=q.shape[2], dtype=k.dtype, device=k.device, **self.options
+            )
 
     def _mark_static(self) -> None:
         """A static cache's tensors keep their addresses, which torch.compile needs to know for CUDA graphs."""
-        if self.max_cache_len is not None:
+        if self.max_cache_len is None:
+            return
+        with torch.inference_mode(False):
             self._length = torch.tensor(0, device=self.cache.k.device)
+        if not torch.compiler.is_compiling():
             for tensor in (self._length, *(getattr(self.cache, name) for name in _TENSORS)):
                 torch._dynamo.mark_static_address(tensor)
 
@@ -125,31 +135,35 @@ def _room(tokens: int) -> int:
 
 
 def adopt(cache: Cache, options: dict[str, Any], layers: int) -> None:
-    """Gives a transformers cache these layers, in place of its own empty ones.
+    """Gives a transformers cache these layers, in place of its own empty ones, before a forward of the model.
 
     Raises:
         ValueError: the cache holds tokens that other attention or other settings have put there, or it is of a kind
             that has no counterpart.
     """
     own = [layer for layer in cache.layers if isinstance(layer, SelectMergeLayer)]
-    if own and len(own) == len(cache.layers) and own[0].options == options:
-        return
+    if not (own and len(own) == len(cache.layers) and own[0].options == options):
+        cache.layers = [SelectMergeLayer(options, _check_replaceable(cache, own)) for _ in range(layers)]
+    for layer in cache.layers:
+        layer.is_awaited = True
+
+
+def _check_replaceable(cache: Cache, own: list[SelectMergeLayer]) -> int | None:
+    """The length of a cache that holds nothing, None where it grows."""
     if own and all(layer.is_empty for layer in own):
-        maximum = own[0].max_cache_len
-    elif own or int(cache.get_seq_length()):
+        return own[0].max_cache_len
+    if own or int(cache.get_seq_length()):
         raise ValueError(
             "past_key_values must be empty or filled by a model with the same settings of select-and-merge attention, "
             f"got a {type(cache).__name__} with {int(cache.get_seq_length())} tokens of other attention"
         )
-    elif getattr(cache, "offloading", False) or not _kinds(cache) <= {DynamicLayer, StaticLayer}:
+    if getattr(cache, "offloading", False) or not _kinds(cache) <= {DynamicLayer, StaticLayer}:
         kinds = ", ".join(sorted(kind.__name__ for kind in _kinds(cache)))
         raise ValueError(
             "past_key_values must be a dynamic or static cache that is not offloaded with select-and-merge attention, "
             f"got a {type(cache).__name__} of {kinds}"
         )
-    else:
-        maximum = cache.layers[0].get_max_length() if StaticLayer in _kinds(cache) else None
-    cache.layers = [SelectMergeLayer(options, maximum) for _ in range(layers)]
+    return cache.layers[0].get_max_length() if StaticLayer in _kinds(cache) else None
 
 
 def _kinds(cache: Cache) -> set[type]:

@@ -174,9 +174,7 @@ class _NewTokens:
 @dataclass
 class _SelectMergeForward(Forward):
     draw: CyclicRotary | None = None
-    rows: tuple[Tensor, Tensor] | None = (
-        None  # cosines and sines of the new tokens, float32 [1 or B, S, rotary_dim / 2]
-    )
+    rows: tuple[Tensor, Tensor] | None = None  # cosines, sines of the new tokens, float32 [1 or B, S, rotary_dim / 2]
     layers: list[SelectMergeLayer] | None = None
     _new_tokens: _NewTokens | None = None
 
