@@ -58,7 +58,7 @@ PERIOD_START, PERIOD_MAX = 8, 256
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    finetuning.add_arguments(parser, plot="finetune_select_merge.png", batch=1)
+    finetuning.add_arguments(parser, plot="finetune_select_merge.png", steps=40, batch=1)
     parser.set_defaults(lora=8, learning_rate=2e-3)
     parser.add_argument("--shape", choices=SHAPES, help="train a model of random weights of this shape instead")
     parser.add_argument("--region-size", type=int, default=16, help="tokens of a region (default: %(default)s)")

@@ -206,12 +206,12 @@ def evaluate(model: LlamaForCausalLM, args: argparse.Namespace, depths: list[flo
 
 
 def print_table(accuracy: list[list[float]], lengths: list[int], depths: list[float], trained: int) -> None:
-    table = Table(title=f"Passkeys found, by length and depth; trained on up to {trained} tokens", title_justify="left")
+    table = Table(title=f"Passkeys found, in %, by length and depth; trained on up to {trained} tokens", title_justify="left")
     table.add_column("tokens", justify="right")
     for depth in depths:
         table.add_column(f"{depth:.0%}", justify="right")
     for length, row in zip(lengths, accuracy, strict=True):
-        table.add_row(str(length), *(f"{value:.0%}" for value in row))
+        table.add_row(str(length), *(f"{100 * value:.0f}" for value in row))
     console.print(table)
 
 
