@@ -206,7 +206,9 @@ def evaluate(model: LlamaForCausalLM, args: argparse.Namespace, depths: list[flo
 
 
 def print_table(accuracy: list[list[float]], lengths: list[int], depths: list[float], trained: int) -> None:
-    table = Table(title=f"Passkeys found, in %, by length and depth; trained on up to {trained} tokens", title_justify="left")
+    table = Table(
+        title=f"Passkeys found, in %, by length and depth; trained on up to {trained} tokens", title_justify="left"
+    )
     table.add_column("tokens", justify="right")
     for depth in depths:
         table.add_column(f"{depth:.0%}", justify="right")
