@@ -4,6 +4,7 @@
 
 #include <numeric>
 
+#include "cuda/backward/region_tiles.h"
 #include "cuda/backward/schedule.h"
 #include "cuda/common/copy_rows.cuh"
 #include "cuda/common/gradients.cuh"
@@ -84,35 +85,6 @@ struct ChunkKeyTiles {
   }
 };
 
-// The query tiles of a group from some position on, in the terms of QueryTileWalk: all of them attend alike.
-class GroupTileWalk {
- public:
-  __device__ __forceinline__ GroupTileWalk(const QueryTiling& tiling, const QueryTile& group, int position,
-                                           Regime regime)
-      : begin_(group.begin + (position - group.begin) / tiling.size * tiling.size),
-        end_(group.end),
-        tile_index_(tiling.index_of(begin_)),
-        regime_(regime) {}
-
-  __device__ __forceinline__ bool done(const QueryTiling& /*tiling*/) const { return begin_ >= end_; }
-
-  __device__ __forceinline__ AttendingTile tile(const QueryTiling& tiling) const {
-    const int left = end_ - begin_;
-    return {tile_index_, begin_, left < tiling.size ? left : tiling.size, regime_, begin_};
-  }
-
-  __device__ __forceinline__ void advance(const QueryTiling& tiling, const RegimeRows& /*rows*/) {
-    ++tile_index_;
-    begin_ += tiling.size;
-  }
-
- private:
-  int begin_;
-  int end_;
-  int tile_index_;
-  Regime regime_;
-};
-
 // Select-and-merge attention (group_attention.h). A block has keys of a group's list of regions, or of the group
 // itself, and the queries of the group, of all heads that share the list. Other groups list the same regions, so
 // gradients are added to float32 sums. Keys of a list are counted from its first on.
@@ -120,53 +92,41 @@ struct RegionKeyTiles {
   static constexpr bool kInRegions = true;
 
   AttendedRegions lists;
+  RegionTiling tiling;
   KeyGradientSums sums;
-  int listed_tiles;  // of the longest list there may be
-  int own_tiles;     // of a whole group
-  int box_rows;      // Hopper only: the rows of a region that the copy engine brings at once, a divisor of the key tile
+  int box_rows;  // Hopper only: the rows of a region that the copy engine brings at once, a divisor of the key tile
 
-  struct Tile {
+  struct Tile : RegionTile {
     int batch;
     int kv_head;
-    int order;
-    QueryTile keys;  // none where the list or the group is shorter
-    int list;        // of the batch row
-    int group;
-    int within;  // place among the list's tiles and behind them the group's own
   };
 
-  __device__ __forceinline__ Tile tile(const BackwardParams& params, const KeyTileItem& item, int tile_n) const {
-    const AttentionShape& shape = params.forward.shape;
-    const int index = item.tile / (listed_tiles + own_tiles);
-    Tile tile;
-    tile.batch = item.plane / shape.kv_heads;
-    tile.kv_head = item.plane % shape.kv_heads;
-    tile.list = tile.kv_head * lists_per_kv_head(shape) + index % lists_per_kv_head(shape);
-    tile.group = index / lists_per_kv_head(shape);
-    tile.within = item.tile % (listed_tiles + own_tiles);
-    const int listed_keys = regions(tile).keys();
-    const int own = tile.within - listed_tiles;
-    tile.order = listed(tile) ? tile.within : (listed_keys + tile_n - 1) / tile_n + own;
-    const int begin = listed(tile) ? tile.within * tile_n : group_queries(params, tile).begin + own * tile_n;
-    const int end = listed(tile) ? listed_keys : group_queries(params, tile).end;
-    tile.keys = {begin, end - begin < tile_n ? end : begin + tile_n};
-    return tile;
+  __device__ __forceinline__ Tile tile(const BackwardParams& params, const KeyTileItem& item, int /*tile_n*/) const {
+    const int kv_heads = params.forward.shape.kv_heads;
+    const int batch = item.plane / kv_heads, kv_head = item.plane % kv_heads;
+    const auto listed_keys = [&](int group, int list) { return regions(batch, kv_head, list, group).keys(); };
+    return {tiling.tile(item.tile, listed_keys), batch, kv_head};
   }
 
   __device__ __forceinline__ HeadRange heads(const AttentionShape& /*shape*/, const Tile& tile) const {
-    return {tile.list * lists.heads_per_list, (tile.list + 1) * lists.heads_per_list};
+    const int list = tile.kv_head * tiling.lists + tile.list;
+    return {list * lists.heads_per_list, (list + 1) * lists.heads_per_list};
   }
 
-  __device__ __forceinline__ GroupTileWalk walk(const BackwardParams& params, const QueryTiling& tiling,
+  __device__ __forceinline__ GroupTileWalk walk(const BackwardParams& /*params*/, const QueryTiling& query_tiling,
                                                 const RegimeRows& /*rows*/, const Tile& tile) const {
-    const QueryTile queries = group_queries(params, tile);
-    return listed(tile) ? GroupTileWalk(tiling, queries, queries.begin, Regime::kInter)
-                        : GroupTileWalk(tiling, queries, tile.keys.begin, Regime::kIntra);
+    const QueryTile group = tiling.queries(tile.group);
+    return tiling.is_listed(tile) ? GroupTileWalk(query_tiling, group, group.begin, Regime::kInter)
+                                  : GroupTileWalk(query_tiling, group, tile.keys.begin, Regime::kIntra);
+  }
+
+  __device__ __forceinline__ ListedRegions regions(const Tile& tile) const {
+    return regions(tile.batch, tile.kv_head, tile.list, tile.group);
   }
 
   // The position of the tile's key `index`.
   __device__ __forceinline__ int token(const ListedRegions& regions, const Tile& tile, int index) const {
-    return listed(tile) ? regions.token(tile.keys.begin + index) : tile.keys.begin + index;
+    return tiling.is_listed(tile) ? regions.token(tile.keys.begin + index) : tile.keys.begin + index;
   }
 
   template <int kThreads, typename T, typename Shared>
@@ -193,25 +153,12 @@ struct RegionKeyTiles {
     add<kStoring>(staged, sums.dk, sums.dk_turns, params, tile, thread);
   }
 
-  __device__ __forceinline__ ListedRegions regions(const Tile& tile) const {
-    return lists.of_group(tile.batch, tile.list, tile.group);
-  }
-
  private:
-  __device__ __forceinline__ bool listed(const Tile& tile) const { return tile.within < listed_tiles; }
-
-  __device__ __forceinline__ int lists_per_kv_head(const AttentionShape& shape) const {
-    return lists.index_heads / shape.kv_heads;
+  __device__ __forceinline__ ListedRegions regions(int batch, int kv_head, int list, int group) const {
+    return lists.of_group(batch, kv_head * tiling.lists + list, group);
   }
 
-  __device__ __forceinline__ QueryTile group_queries(const BackwardParams& params, const Tile& tile) const {
-    const int size = params.forward.geometry.stride();
-    const int begin = tile.group * size;
-    const int left = params.forward.shape.seqlen_k - begin;
-    return {begin, begin + (left < size ? left : size)};
-  }
-
-  // Where blocks take turns, one warp adds all rows of a block: a list may name a region twice.
+  // Where blocks take turns, one warp adds all rows of a block, one after the other: a list may name a region twice.
   template <int kStoring, typename Staged>
   __device__ __forceinline__ void add(const Staged& staged, float* tensor, int* turns, const BackwardParams& params,
                                       const Tile& tile, int thread) const {
@@ -219,35 +166,35 @@ struct RegionKeyTiles {
     const int plane = tile.batch * shape.kv_heads + tile.kv_head;
     const int warp = thread / 32;
     const bool in_turns = turns != nullptr;
-    if (in_turns && warp > 0) return;
-    // A KV head's blocks add in the order of their items. The first of a group's own tiles takes the turns of those its
-    // list is too short for, and passes them on; so does its last with those the group is too short for.
-    const int own = tile.within - listed_tiles;
-    const int missing = own == 0 ? tile.within - tile.order : 0;
     if (in_turns) {
-      const int index = tile.group * lists_per_kv_head(shape) + tile.list % lists_per_kv_head(shape);
-      const int turn = index * (listed_tiles + own_tiles) + tile.within - missing;
-      if (thread == 0) wait_for_turn(turns + plane, turn);
+      if (warp > 0) return;
+      if (thread == 0) wait_for_turn(turns + plane, tiling.turn(tile));
       __syncwarp();
     }
     const ListedRegions regions = this->regions(tile);
-    float* rows = tensor + static_cast<int64_t>(plane) * shape.seqlen_k * sums.pitch;
-    add_staged(staged, rows, sums.pitch, tile.keys.end - tile.keys.begin, warp, in_turns ? 1 : kStoring / 32,
+    add_staged(staged, tensor + static_cast<int64_t>(plane) * shape.seqlen_k * sums.pitch, sums.pitch,
+               tile.keys.end - tile.keys.begin, warp, in_turns ? 1 : kStoring / 32,
                [&](int row) { return token(regions, tile, row); });
     if (in_turns) {
       __threadfence();
       __syncwarp();
-      const bool last = own >= 0 && tile.keys.end == group_queries(params, tile).end;
-      if (thread == 0) pass_turns_on(turns + plane, 1 + missing + (last ? own_tiles - 1 - own : 0));
+      if (thread == 0) pass_turns_on(turns + plane, tiling.turns(tile));
     }
   }
 };
 
 inline RegionKeyTiles region_key_tiles(const BackwardParams& params, const AttendedRegions& lists,
                                        const KeyGradientSums& sums, int tile_n) {
+  const AttentionShape& shape = params.forward.shape;
+  const int group_size = params.forward.geometry.stride();
   const int64_t listed_keys = lists.groups > 1 ? static_cast<int64_t>(lists.capacity) * lists.geometry.region_size : 0;
-  return {lists, sums, static_cast<int>((listed_keys + tile_n - 1) / tile_n),
-          (params.forward.geometry.stride() + tile_n - 1) / tile_n, std::gcd(lists.geometry.region_size, tile_n)};
+  const RegionTiling tiling{lists.index_heads / shape.kv_heads,
+                            static_cast<int>((listed_keys + tile_n - 1) / tile_n),
+                            (group_size + tile_n - 1) / tile_n,
+                            tile_n,
+                            group_size,
+                            shape.seqlen_k};
+  return {lists, tiling, sums, std::gcd(lists.geometry.region_size, tile_n)};
 }
 
 // Returns null, or why there is no such schedule.
@@ -255,10 +202,9 @@ inline const char* schedule_region_key_tiles(const BackwardParams& params, const
                                              TileSchedule* schedule) {
   const AttentionShape& shape = params.forward.shape;
   const int planes = shape.batch * shape.kv_heads;
-  const int64_t lists = static_cast<int64_t>(keys.lists.groups) * (keys.lists.index_heads / shape.kv_heads);
-  const int64_t tiles = lists * (static_cast<int64_t>(keys.listed_tiles) + keys.own_tiles);
+  const int64_t tiles = static_cast<int64_t>(keys.lists.groups) * keys.tiling.lists * keys.tiling.per_list();
   if (tiles * planes > INT32_MAX) return "the lists of regions have too many key tiles for one launch";
-  const int64_t queries = static_cast<int64_t>(params.forward.geometry.stride()) * keys.lists.heads_per_list;
+  const int64_t queries = static_cast<int64_t>(keys.tiling.group_size) * keys.lists.heads_per_list;
   *schedule = {static_cast<int>(tiles), planes,
                planes_at_once(planes, queries, shape.head_dim, keys.sums.dk_turns != nullptr)};
   return nullptr;
