@@ -211,6 +211,22 @@ struct SelectMergeBackwardParams {
   Strides dv_strides;
 };
 
+// Float32 sums of the gradients with respect to keys and values: more than one thread block adds to each.
+struct KeyGradientSums {
+  float* dk;      // [batch, kv_heads, seqlen, pitch]; starts at zero
+  float* dv;      // the same
+  int pitch;      // head_dim, rounded up to a multiple of 4
+  int* dk_turns;  // [batch * kv_heads], zeros: whose turn it is to add to dk; null when order is free
+  int* dv_turns;  // the same of dv
+};
+
+// What the CUDA kernels use beside SelectMergeBackwardParams.
+struct SelectMergeBackwardWorkspace {
+  SelectMergeWorkspace lists;
+  BackwardWorkspace queries;  // its regimes are all one, and no query has rows in any but intra
+  KeyGradientSums keys;       // zeroed with queries.zeroed_bytes
+};
+
 // Keys, already rotated by ChunkGeometry::key_row, and values of sequences that grow.
 struct KeyValueCache {
   void* k;            // [batch, capacity, kv_heads, head_dim], or in pages [num_pages, page_size, kv_heads, head_dim]

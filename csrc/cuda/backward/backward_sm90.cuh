@@ -10,9 +10,9 @@
 
 namespace chunkattn::cuda {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Keys>
 struct BackwardSm90 {
-  using Block = BackwardSm90Block<T, kHeadDim>;
+  using Block = BackwardSm90Block<T, kHeadDim, Keys>;
   using Logits = typename Block::Logits;
   using Operand = typename Block::Operand;
   using KeyGradients = typename Block::KeyGradients;
@@ -37,7 +37,7 @@ struct BackwardSm90 {
 
   __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int warpgroup) const {
     auto& control = block.control;
-    const float scale_log2 = logit_scale(block.params.forward, block.batch) * kLog2E;
+    const float scale_log2 = logit_scale(block.params.forward, block.own.batch) * kLog2E;
     const int key_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
     Ring<Block::kStages> ring;
     int buffer = 0;
@@ -123,11 +123,11 @@ struct BackwardSm90 {
     Block::sync_consumers();  // everybody has finished with the tiles
     staged.collect(dv, key_row, 0, 1.f);
     Block::sync_consumers();
-    block.template store_values<Block::kConsumerThreads>(staged, vectorized.dv, thread);
+    block.template store_values<Block::kConsumerThreads>(staged, vectorized, thread);
     Block::sync_consumers();
-    staged.collect(dk, key_row, 0, logit_scale(block.params.forward, block.batch));
+    staged.collect(dk, key_row, 0, logit_scale(block.params.forward, block.own.batch));
     Block::sync_consumers();
-    block.template store_keys<Block::kConsumerThreads>(staged, vectorized.dk, thread);
+    block.template store_keys<Block::kConsumerThreads>(staged, vectorized, thread);
   }
 };
 

@@ -13,9 +13,9 @@
 
 namespace chunkattn::cuda {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Keys>
 struct BackwardSm90Wide {
-  using Block = BackwardSm90Block<T, kHeadDim>;
+  using Block = BackwardSm90Block<T, kHeadDim, Keys>;
   using Logits = typename Block::Logits;
   using Operand = typename Block::Operand;
   using KeyGradients = typename Block::KeyGradients;
@@ -104,7 +104,7 @@ struct BackwardSm90Wide {
   template <int kGradient>
   __device__ __forceinline__ void accumulate(KeyGradients& gradients) const {
     auto& control = block.control;
-    const float scale_log2 = logit_scale(block.params.forward, block.batch) * kLog2E;
+    const float scale_log2 = logit_scale(block.params.forward, block.own.batch) * kLog2E;
     Stages ring;
     ring.wait_full(control.query_full);
     if constexpr (kGradient == kKeys) ring.wait_full(control.dout_full);
@@ -173,11 +173,11 @@ struct BackwardSm90Wide {
     if (warpgroup == kValues) {
       staged.collect(gradients, key_row, 0, 1.f);
       ptx::named_barrier_sync(kStagedBarrier + kValues, kWarpgroupThreads);
-      block.template store_values<kWarpgroupThreads>(staged, vectorized.dv, thread);
+      block.template store_values<kWarpgroupThreads>(staged, vectorized, thread);
     } else {
-      staged.collect(gradients, key_row, 0, logit_scale(block.params.forward, block.batch));
+      staged.collect(gradients, key_row, 0, logit_scale(block.params.forward, block.own.batch));
       ptx::named_barrier_sync(kStagedBarrier + kKeys, kWarpgroupThreads);
-      block.template store_keys<kWarpgroupThreads>(staged, vectorized.dk, thread);
+      block.template store_keys<kWarpgroupThreads>(staged, vectorized, thread);
     }
   }
 };

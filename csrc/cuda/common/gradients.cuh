@@ -15,6 +15,19 @@ __device__ __forceinline__ void add_pair(float* target, float first, float secon
 #endif
 }
 
+// The same of four, `target` a multiple of 16 bytes.
+__device__ __forceinline__ void add_quad(float* target, const float4& x) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(target), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+#else
+  atomicAdd(target, x.x);
+  atomicAdd(target + 1, x.y);
+  atomicAdd(target + 2, x.z);
+  atomicAdd(target + 3, x.w);
+#endif
+}
+
 // Adds a warp's accumulators (layout: softmax.cuh) to GradientPieces. `target` is where this thread's first pair goes,
 // `pitch` leads to the rows eight further on. Of the rows and columns from the thread's first row and the warp's first
 // column on, `rows` and `columns` are there; kWhole says that all are, which leaves no branches.
@@ -47,6 +60,10 @@ __device__ __forceinline__ void wait_for_turn(const int* turn, int mine) {
 
 __device__ __forceinline__ void pass_turn_on(int* turn) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(turn) : "memory");
+}
+
+__device__ __forceinline__ void pass_turns_on(int* turn, int turns) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(turn), "r"(turns) : "memory");
 }
 
 // Where a block collects float32 rows, so that whoever stores them can see whole rotary pairs. The padding spreads the
@@ -108,6 +125,30 @@ __device__ __forceinline__ void store_staged(const StagedRows<kRows, kHeadDim>& 
       const int begin = i % kUnits * 2 * kChunk;
       for (int d = begin; d < head_dim && d < begin + 2 * kChunk; ++d) {
         destination[d] = from_float<T>(rotated ? rotated_back_element(source, d, table, table_row + n) : source[d]);
+      }
+    }
+  }
+}
+
+// Adds staged rows to float32 rows of `pitch` elements, a multiple of 4: of the first `valid` every step-th from
+// `first` on, row n to row row_of(n). Called by a warp. What it adds to an element comes from one lane, and so in
+// order.
+template <int kRows, int kHeadDim, typename RowOf>
+__device__ __forceinline__ void add_staged(const StagedRows<kRows, kHeadDim>& staged, float* rows, int pitch, int valid,
+                                           int first, int step, RowOf&& row_of) {
+  constexpr int kVector = kHeadDim < 128 ? 2 : 4;
+#pragma unroll 4
+  for (int n = first; n < valid; n += step) {
+    float* target = rows + static_cast<int64_t>(row_of(n)) * pitch;
+#pragma unroll
+    for (int part = 0; part < kHeadDim / (32 * kVector); ++part) {
+      const int d = (part * 32 + static_cast<int>(threadIdx.x) % 32) * kVector;
+      if (d >= pitch) continue;
+      if constexpr (kVector == 2) {
+        const float2 pair = *reinterpret_cast<const float2*>(staged.row(n) + d);
+        add_pair(target + d, pair.x, pair.y);
+      } else {
+        add_quad(target + d, *reinterpret_cast<const float4*>(staged.row(n) + d));
       }
     }
   }
