@@ -228,9 +228,15 @@ struct BackwardSm90Block {
     ptx::wgmma_commit();
   }
 
-  static __device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
+  // This thread's index in its warpgroup. ptxas would sooner read the special register again, tile after tile, which
+  // takes as long as shared memory, than keep the index; what a shuffle returned it has to keep.
+  static __device__ __forceinline__ int warpgroup_thread() {
+    return __shfl_sync(0xffffffffu, threadIdx.x, threadIdx.x % 32) % 128;
+  }
+
+  static __device__ __forceinline__ void arrive_warp(uint64_t* barrier, int thread) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+    if (thread % 32 == 0) ptx::mbarrier_arrive(barrier);
   }
 
   // Behind a partial tile the copy engine brought keys of the next chunk. Their P is zero, but they must be finite too.
@@ -281,10 +287,10 @@ struct BackwardSm90Block {
   static __device__ __forceinline__ int per_query_index(int query) {
     return query / 16 * 16 + query % 8 / 2 * 4 + query / 8 % 2 * 2 + query % 2;
   }
-  static __device__ __forceinline__ void load_per_query(PerQuery& x, const float (&values)[kTileM]) {
+  static __device__ __forceinline__ void load_per_query(PerQuery& x, const float (&values)[kTileM], int thread) {
 #pragma unroll
     for (int block = 0; block < kTileM / 8; block += 2) {
-      const float4 pairs = *reinterpret_cast<const float4*>(values + block * 8 + threadIdx.x % 4 * 4);
+      const float4 pairs = *reinterpret_cast<const float4*>(values + block * 8 + thread % 4 * 4);
       x[block] = {pairs.x, pairs.y};
       x[block + 1] = {pairs.z, pairs.w};
     }
@@ -317,25 +323,38 @@ struct BackwardSm90Block {
     }
   }
 
-  // dP becomes dS = P (dP - delta), without the logits' scale, rounded to T.
-  static __device__ __forceinline__ void differentiate(Operand& operand, const Logits& p, Logits& ds,
-                                                       const PerQuery& delta) {
+  // What dP = V dO^T is added to.
+  static __device__ __forceinline__ void set_minus_delta(Logits& ds, const Statistics& statistics, int thread) {
+    PerQuery delta;
+    load_per_query(delta, statistics.delta, thread);
 #pragma unroll
     for (int block = 0; block < kTileM / 8; ++block) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ds[block][i] = p[block][i] * (ds[block][i] - (i % 2 == 0 ? delta[block].x : delta[block].y));
-      }
+      for (int i = 0; i < 4; ++i) ds[block][i] = -(i % 2 == 0 ? delta[block].x : delta[block].y);
+    }
+  }
+
+  // dP - delta becomes dS = P (dP - delta), without the logits' scale, rounded to T.
+  static __device__ __forceinline__ void differentiate(Operand& operand, const Logits& p, Logits& ds) {
+#pragma unroll
+    for (int block = 0; block < kTileM / 8; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ds[block][i] *= p[block][i];
     }
     round(operand, ds);
   }
 
-  static __device__ __forceinline__ void store_ds(const LogitShared& shared, const Operand& ds, int key_row) {
-    const int lane = threadIdx.x % 32;
-    const int row = key_row + lane / 8 % 2 * 8 + lane % 8;
+  // Where a thread's row of dS begins, of the warp's 16 keys from `key_row` on.
+  static __device__ __forceinline__ uint32_t ds_row(const LogitShared& shared, int key_row, int thread) {
+    const int lane = thread % 32;
+    return shared.address(key_row + lane / 8 % 2 * 8 + lane % 8, lane / 16);
+  }
+
+  static __device__ __forceinline__ void store_ds(uint32_t row, const Operand& ds) {
 #pragma unroll
     for (int step = 0; step < kTileM / 16; ++step) {
-      ptx::stmatrix_x4(shared.address(row, 2 * step + lane / 16), ds[step]);
+      // Two chunks further on in the row, as the panel permutes them: PanelTile::address().
+      ptx::stmatrix_x4((row ^ (step % 4 * 32)) + step / 4 * LogitShared::kPanelBytes, ds[step]);
     }
   }
 
@@ -346,13 +365,13 @@ struct BackwardSm90Block {
   // Writes this warpgroup's part of dQ to shared memory. Rows behind the tile's queries are zero. Half a warp stores
   // four rows at once, of which the swizzle would put neighbours on the same banks: odd rows store their blocks in
   // another order.
-  static __device__ __forceinline__ void store_part(const QueryGradients& dq, uint32_t part) {
-    const int lane = threadIdx.x % 32;
+  static __device__ __forceinline__ void store_part(const QueryGradients& dq, uint32_t part, int thread) {
+    const int lane = thread % 32;
     const bool odd = lane / 4 % 2 == 1;
     const int column = odd ? 4 : 0;  // chunk by which the pair of blocks changes places
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = threadIdx.x / 32 % 4 * 16 + half * 8 + lane / 4;
+      const int row = thread / 32 * 16 + half * 8 + lane / 4;
 #pragma unroll
       for (int block = 0; block < kQueryColumns / 8; ++block) {
         const int chunk = (block % 4 * 2 + lane % 4 / 2) ^ column;
@@ -413,7 +432,7 @@ struct BackwardSm90Block {
         }
       }
       ptx::mbarrier_arrive(control.statistics_empty + ring.index);
-      arrive_warp(empty + ring.index);
+      arrive_warp(empty + ring.index, threadIdx.x);
       ring.advance();
     }
   }
