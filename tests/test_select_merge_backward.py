@@ -123,7 +123,7 @@ def test_ids_out_of_range_reach_no_memory(device, case):
     for dtype in dtypes(device)[-2:]:
         qkv = tuple(inside_larger(x) for x in case.inputs(dtype, 3, device))
         ids = random_indices(case, 20, -3, 30).to(device)
-        ids[..., ::7] = torch.tensor([-(2**31), 2**31 - 1, 2**27, -(2**20), 2**30], dtype=torch.int32, device=device)
+        ids[..., :5] = torch.tensor([-(2**31), 2**31 - 1, 2**27, -(2**20), 2**30], dtype=torch.int32, device=device)
         options = case.options() | {"indices": ids}
         check_backward(qkv, inside_larger(random_dout(qkv[0])), options, "select_merge")
 
