@@ -222,7 +222,7 @@ inline const char* schedule_region_key_tiles(const BackwardParams& params, const
   if (tiles * planes > INT32_MAX) return "the lists of regions have too many key tiles for one launch";
   const int64_t queries = static_cast<int64_t>(keys.tiling.group_size) * keys.lists.heads_per_list;
   *schedule = {static_cast<int>(tiles), planes,
-               planes_at_once(planes, queries, shape.head_dim, keys.sums.dk_turns != nullptr)};
+               planes_at_once(planes, queries + shape.seqlen_k, shape.head_dim, keys.sums.dk_turns != nullptr)};
   return nullptr;
 }
 
