@@ -213,9 +213,8 @@ struct SelectMergeBackwardParams {
 
 // Float32 sums of the gradients with respect to keys and values: more than one thread block adds to each.
 struct KeyGradientSums {
-  float* dk;      // [batch, kv_heads, seqlen, pitch]; starts at zero
+  float* dk;      // [batch * kv_heads] planes of GradientPieces; starts at zero
   float* dv;      // the same
-  int pitch;      // head_dim, rounded up to a multiple of 4
   int* dk_turns;  // [batch * kv_heads], zeros: whose turn it is to add to dk; null when order is free
   int* dv_turns;  // the same of dv
 };

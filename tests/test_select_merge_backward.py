@@ -111,7 +111,9 @@ def test_a_region_that_everybody_lists(device, head_dim, heads_mode):
     for dtype in dtypes(device)[-2:]:
         check_case(case, device, dtype, indices=ids)
         first = check_case(case, device, dtype, indices=ids, deterministic=True)
-        again = check_case(case, device, dtype, indices=ids, deterministic=True)
+        qkv = case.inputs(dtype, 3, device)
+        options = case.options() | {"indices": ids, "deterministic": True}
+        again = gradients(chunkattn.select_merge, qkv, random_dout(qkv[0]), options)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -123,7 +125,7 @@ def test_ids_out_of_range_reach_no_memory(device, case):
     for dtype in dtypes(device)[-2:]:
         qkv = tuple(inside_larger(x) for x in case.inputs(dtype, 3, device))
         ids = random_indices(case, 20, -3, 30).to(device)
-        ids[..., ::7] = torch.tensor([-(2**31), 2**31 - 1, 2**27, -(2**20), 2**30], dtype=torch.int32, device=device)
+        ids[..., :5] = torch.tensor([-(2**31), 2**31 - 1, 2**27, -(2**20), 2**30], dtype=torch.int32, device=device)
         options = case.options() | {"indices": ids}
         check_backward(qkv, inside_larger(random_dout(qkv[0])), options, "select_merge")
 

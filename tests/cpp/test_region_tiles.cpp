@@ -1,5 +1,6 @@
 // The tiles of keys of select-and-merge attention's backward: together they have every pair of a query and a key that
 // attend to each other once, and where they add in turns everybody's turn comes.
+#include <algorithm>
 #include <map>
 #include <random>
 #include <utility>

@@ -267,18 +267,18 @@ struct BackwardSm80 {
     }
   }
 
-  // Scales dK, and hands it on beside dV.
+  // Gives away dK and dV of the keys.
   __device__ __forceinline__ void store_key_gradients(const KeyGradients& dk, const KeyGradients& dv,
                                                       float* staging) const {
     const Staged staged{staging};
-    __syncthreads();  // every warp has finished with the tiles
-    staged.collect(dv, KeyGrid::row(), KeyGrid::column(), 1.f);
-    __syncthreads();
-    source.template store_values<T, kThreads>(staged, params, workspace, vectorized, own, threadIdx.x);
-    __syncthreads();
-    staged.collect(dk, KeyGrid::row(), KeyGrid::column(), logit_scale(params.forward, own.batch));
-    __syncthreads();
-    source.template store_keys<T, kThreads>(staged, params, workspace, vectorized, own, threadIdx.x);
+    const int row = KeyGrid::row(), column = KeyGrid::column();
+    const auto sync = [] { __syncthreads(); };
+    sync();  // every warp has finished with the tiles
+    source.template store_values<T, kThreads>(dv, row, column, staged, params, workspace, vectorized, own, threadIdx.x,
+                                              sync);
+    sync();
+    source.template store_keys<T, kThreads>(dk, row, column, staged, params, workspace, vectorized, own, threadIdx.x,
+                                            sync);
   }
 
   static __device__ __forceinline__ void run(const BackwardParams& params, const BackwardWorkspace& workspace,

@@ -129,14 +129,11 @@ struct BackwardSm90 {
     static_assert(Block::Staged::kBytes <= Block::kTileBytes);
     const int thread = threadIdx.x - (Block::kThreads - Block::kConsumerThreads);
     const int key_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
-    Block::sync_consumers();  // everybody has finished with the tiles
-    staged.collect(dv, key_row, 0, 1.f);
-    Block::sync_consumers();
-    block.template store_values<Block::kConsumerThreads>(staged, vectorized, thread);
-    Block::sync_consumers();
-    staged.collect(dk, key_row, 0, logit_scale(block.params.forward, block.own.batch));
-    Block::sync_consumers();
-    block.template store_keys<Block::kConsumerThreads>(staged, vectorized, thread);
+    const auto sync = [] { Block::sync_consumers(); };
+    sync();  // everybody has finished with the tiles
+    block.template store_values<Block::kConsumerThreads>(dv, key_row, staged, vectorized, thread, sync);
+    sync();
+    block.template store_keys<Block::kConsumerThreads>(dk, key_row, staged, vectorized, thread, sync);
   }
 };
 

@@ -123,16 +123,20 @@ struct BackwardSm90Block {
     }
   }
 
-  // One warp. Regions lie anywhere: the lanes look up where, one thread starts the copies. Nothing comes between these
-  // but what ptxas knows to be one thread's: they would take ten times as long.
-  __device__ __forceinline__ void load_regions() const {
+  // One warp, before anything starts: regions lie anywhere. Boxes behind the keys come from behind the tensor, as
+  // zeros.
+  __device__ __forceinline__ void find_regions() const {
     const ListedRegions regions = source.regions(own);
     for (int box = threadIdx.x % 32; box < kTileN / source.box_rows; box += 32) {
       const int key = box * source.box_rows;
       control.key_rows[box] =
           key < own.keys.end - own.keys.begin ? source.token(regions, own, key) : params.forward.shape.seqlen_k;
     }
-    __syncwarp();
+  }
+
+  // One warp. One thread of it starts the copies, and ptxas is told that it is alone: otherwise they take many times as
+  // long.
+  __device__ __forceinline__ void load_regions() const {
     if (!ptx::elect_one()) return;
     ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
 #pragma unroll 1
@@ -437,16 +441,16 @@ struct BackwardSm90Block {
     }
   }
 
-  template <int kStoring>
-  __device__ __forceinline__ void store_values(const Staged& staged, const BackwardVectorPaths& vectorized,
-                                               int thread) const {
-    source.template store_values<T, kStoring>(staged, params, workspace, vectorized, own, thread);
+  // Gives away dV, and dK, of the keys: this thread's rows begin at key_row.
+  template <int kStoring, typename Sync>
+  __device__ __forceinline__ void store_values(const KeyGradients& dv, int key_row, const Staged& staged,
+                                               const BackwardVectorPaths& vectorized, int thread, Sync&& sync) const {
+    source.template store_values<T, kStoring>(dv, key_row, 0, staged, params, workspace, vectorized, own, thread, sync);
   }
-
-  template <int kStoring>
-  __device__ __forceinline__ void store_keys(const Staged& staged, const BackwardVectorPaths& vectorized,
-                                             int thread) const {
-    source.template store_keys<T, kStoring>(staged, params, workspace, vectorized, own, thread);
+  template <int kStoring, typename Sync>
+  __device__ __forceinline__ void store_keys(const KeyGradients& dk, int key_row, const Staged& staged,
+                                             const BackwardVectorPaths& vectorized, int thread, Sync&& sync) const {
+    source.template store_keys<T, kStoring>(dk, key_row, 0, staged, params, workspace, vectorized, own, thread, sync);
   }
 };
 
@@ -472,6 +476,9 @@ __device__ __forceinline__ void run_backward_sm90(const BackwardParams& params, 
   // The shuffle tells ptxas that the index is uniform, and so are the descriptors made of it.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) block.init_barriers(Kernel::kQueryArrivals, Kernel::kDoutArrivals);
+  if constexpr (Keys::kInRegions) {
+    if (threadIdx.x / 32 == 1) block.find_regions();
+  }
   __syncthreads();
   if (warpgroup == 0) {
     ptx::registers_decrease<Block::Sizes::kProducerRegisters>();

@@ -172,13 +172,11 @@ struct BackwardSm90Wide {
     }
     Block::sync_consumers();  // everybody has finished with the tiles
     if (warpgroup == kValues) {
-      staged.collect(gradients, key_row, 0, 1.f);
-      ptx::named_barrier_sync(kStagedBarrier + kValues, kWarpgroupThreads);
-      block.template store_values<kWarpgroupThreads>(staged, vectorized, thread);
+      const auto sync = [] { ptx::named_barrier_sync(kStagedBarrier + kValues, kWarpgroupThreads); };
+      block.template store_values<kWarpgroupThreads>(gradients, key_row, staged, vectorized, thread, sync);
     } else {
-      staged.collect(gradients, key_row, 0, logit_scale(block.params.forward, block.own.batch));
-      ptx::named_barrier_sync(kStagedBarrier + kKeys, kWarpgroupThreads);
-      block.template store_keys<kWarpgroupThreads>(staged, vectorized, thread);
+      const auto sync = [] { ptx::named_barrier_sync(kStagedBarrier + kKeys, kWarpgroupThreads); };
+      block.template store_keys<kWarpgroupThreads>(gradients, key_row, staged, vectorized, thread, sync);
     }
   }
 };

@@ -124,9 +124,11 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t token = row / shape.kv_heads;
   const int head = static_cast<int>(row % shape.kv_heads);
   if (token >= shape.seqlen_k) return;
+  const GradientPieces pieces{shape.seqlen_k, shape.head_dim};
   for (int batch = blockIdx.z; batch < shape.batch; batch += gridDim.z) {
     const int64_t plane = static_cast<int64_t>(batch) * shape.kv_heads + head;
-    const float* source = (keys ? sums.dk : sums.dv) + (plane * shape.seqlen_k + token) * sums.pitch + d;
+    const float* source = (keys ? sums.dk : sums.dv) + pieces.offset(plane, static_cast<int>(token)) +
+                          d / GradientPieces::kColumns * GradientPieces::kElements;
     T* target = static_cast<T*>(keys ? params.dk : params.dv) + batch * strides.batch + token * strides.seq +
                 head * strides.head + d;
     if (keys ? dk_aligned : dv_aligned) {

@@ -4,11 +4,13 @@
 
 #include <numeric>
 
+#include "cuda/backward/gradient_pieces.h"
 #include "cuda/backward/region_tiles.h"
 #include "cuda/backward/schedule.h"
 #include "cuda/common/copy_rows.cuh"
 #include "cuda/common/gradients.cuh"
 #include "cuda/common/query_tiles.cuh"
+#include "cuda/common/softmax.cuh"
 #include "cuda/select_merge/attended_regions.h"
 
 namespace chunkattn::cuda {
@@ -55,22 +57,29 @@ struct ChunkKeyTiles {
                               head_dim, vectorized);
   }
 
-  // Writes the tile's staged dV by kStoring threads, `thread` counting them.
-  template <typename T, int kStoring, typename Staged>
-  __device__ __forceinline__ void store_values(const Staged& staged, const BackwardParams& params,
+  // Writes the tile's dV, of which this thread has rows and columns from `row` and `column` on (layout: softmax.cuh).
+  // Called by kStoring threads that `thread` counts and sync() brings together.
+  template <typename T, int kStoring, int kSlabs, int kBlocks, typename Staged, typename Sync>
+  __device__ __forceinline__ void store_values(const float (&dv)[kSlabs][kBlocks][4], int row, int column,
+                                               const Staged& staged, const BackwardParams& params,
                                                const BackwardWorkspace& /*workspace*/,
-                                               const BackwardVectorPaths& vectorized, const Tile& tile,
-                                               int thread) const {
+                                               const BackwardVectorPaths& vectorized, const Tile& tile, int thread,
+                                               Sync&& sync) const {
+    staged.collect(dv, row, column, 1.f);
+    sync();
     store_staged<kStoring>(staged, first_row<T>(params.dv, params.dv_strides, tile), params.dv_strides.seq,
                            tile.keys.end - tile.keys.begin, params.forward.shape.head_dim, params.forward.rotary, -1,
                            vectorized.dv, thread);
   }
 
-  // The same of dK, rotated back to the keys that were passed in.
-  template <typename T, int kStoring, typename Staged>
-  __device__ __forceinline__ void store_keys(const Staged& staged, const BackwardParams& params,
+  // The same of dK, scaled, and rotated back to the keys that were passed in.
+  template <typename T, int kStoring, int kSlabs, int kBlocks, typename Staged, typename Sync>
+  __device__ __forceinline__ void store_keys(const float (&dk)[kSlabs][kBlocks][4], int row, int column,
+                                             const Staged& staged, const BackwardParams& params,
                                              const BackwardWorkspace& workspace, const BackwardVectorPaths& vectorized,
-                                             const Tile& tile, int thread) const {
+                                             const Tile& tile, int thread, Sync&& sync) const {
+    staged.collect(dk, row, column, logit_scale(params.forward, tile.batch));
+    sync();
     store_staged<kStoring>(staged, first_row<T>(params.dk, params.dk_strides, tile), params.dk_strides.seq,
                            tile.keys.end - tile.keys.begin, params.forward.shape.head_dim, params.forward.rotary,
                            workspace.dk_rotated ? -1 : params.forward.geometry.key_row(tile.keys.begin), vectorized.dk,
@@ -137,20 +146,23 @@ struct RegionKeyTiles {
                                         [&](int row) { return token(regions, tile, row); });
   }
 
-  template <typename T, int kStoring, typename Staged>
-  __device__ __forceinline__ void store_values(const Staged& staged, const BackwardParams& params,
+  template <typename T, int kStoring, int kSlabs, int kBlocks, typename Staged, typename Sync>
+  __device__ __forceinline__ void store_values(const float (&dv)[kSlabs][kBlocks][4], int row, int column,
+                                               const Staged& /*staged*/, const BackwardParams& params,
                                                const BackwardWorkspace& /*workspace*/,
-                                               const BackwardVectorPaths& /*vectorized*/, const Tile& tile,
-                                               int thread) const {
-    add<kStoring>(staged, sums.dv, sums.dv_turns, params, tile, thread);
+                                               const BackwardVectorPaths& /*vectorized*/, const Tile& tile, int thread,
+                                               Sync&& sync) const {
+    add<kStoring>(sums.dv, sums.dv_turns, dv, row, column, 1.f, params, tile, thread, sync);
   }
 
-  template <typename T, int kStoring, typename Staged>
-  __device__ __forceinline__ void store_keys(const Staged& staged, const BackwardParams& params,
+  template <typename T, int kStoring, int kSlabs, int kBlocks, typename Staged, typename Sync>
+  __device__ __forceinline__ void store_keys(const float (&dk)[kSlabs][kBlocks][4], int row, int column,
+                                             const Staged& /*staged*/, const BackwardParams& params,
                                              const BackwardWorkspace& /*workspace*/,
-                                             const BackwardVectorPaths& /*vectorized*/, const Tile& tile,
-                                             int thread) const {
-    add<kStoring>(staged, sums.dk, sums.dk_turns, params, tile, thread);
+                                             const BackwardVectorPaths& /*vectorized*/, const Tile& tile, int thread,
+                                             Sync&& sync) const {
+    add<kStoring>(sums.dk, sums.dk_turns, dk, row, column, logit_scale(params.forward, tile.batch), params, tile,
+                  thread, sync);
   }
 
  private:
@@ -158,26 +170,30 @@ struct RegionKeyTiles {
     return lists.of_group(batch, kv_head * tiling.lists + list, group);
   }
 
-  // Where blocks take turns, one warp adds all rows of a block, one after the other: a list may name a region twice.
-  template <int kStoring, typename Staged>
-  __device__ __forceinline__ void add(const Staged& staged, float* tensor, int* turns, const BackwardParams& params,
-                                      const Tile& tile, int thread) const {
+  // Adds the tile's gradients to the sums of its KV head. Where blocks take turns the warps of a block do, too, and
+  // rows unless regions are whole eights: a list may name a region twice. With regions of whole eights all that is
+  // added to an element comes from the same lane of the block's warps.
+  template <int kStoring, int kSlabs, int kBlocks, typename Sync>
+  __device__ __forceinline__ void add(float* tensor, int* turns, const float (&gradients)[kSlabs][kBlocks][4], int row,
+                                      int column, float factor, const BackwardParams& params, const Tile& tile,
+                                      int thread, Sync&& sync) const {
     const AttentionShape& shape = params.forward.shape;
     const int plane = tile.batch * shape.kv_heads + tile.kv_head;
-    const int warp = thread / 32;
     const bool in_turns = turns != nullptr;
-    if (in_turns) {
-      if (warp > 0) return;
-      if (thread == 0) wait_for_turn(turns + plane, tiling.turn(tile));
-      __syncwarp();
-    }
     const ListedRegions regions = this->regions(tile);
-    add_staged(staged, tensor + static_cast<int64_t>(plane) * shape.seqlen_k * sums.pitch, sums.pitch,
-               tile.keys.end - tile.keys.begin, warp, in_turns ? 1 : kStoring / 32,
-               [&](int row) { return token(regions, tile, row); });
+    const bool row_by_row = in_turns && regions.region_size % GradientPieces::kRows != 0;
+    if (in_turns && thread == 0) wait_for_turn(turns + plane, tiling.turn(tile));
+#pragma unroll 1
+    for (int warp = 0; warp < (in_turns ? kStoring / 32 : 1); ++warp) {
+      if (in_turns) sync();
+      if (in_turns && thread / 32 != warp) continue;
+      add_rows(tensor, GradientPieces{shape.seqlen_k, shape.head_dim}, plane, gradients, factor, row, column,
+               tile.keys.end - tile.keys.begin, shape.head_dim, row_by_row,
+               [&](int index) { return token(regions, tile, index); });
+    }
     if (in_turns) {
       __threadfence();
-      __syncwarp();
+      sync();
       if (thread == 0) pass_turns_on(turns + plane, tiling.turns(tile));
     }
   }
@@ -206,7 +222,7 @@ inline const char* schedule_region_key_tiles(const BackwardParams& params, const
   if (tiles * planes > INT32_MAX) return "the lists of regions have too many key tiles for one launch";
   const int64_t queries = static_cast<int64_t>(keys.tiling.group_size) * keys.lists.heads_per_list;
   *schedule = {static_cast<int>(tiles), planes,
-               planes_at_once(planes, queries, shape.head_dim, keys.sums.dk_turns != nullptr)};
+               planes_at_once(planes, queries + shape.seqlen_k, shape.head_dim, keys.sums.dk_turns != nullptr)};
   return nullptr;
 }
 

@@ -16,13 +16,14 @@ CHUNKATTN_HOST_DEVICE KeyTileItem key_tile_item(const TileSchedule& schedule, in
   return {schedule.tiles - 1 - item.tile, item.plane};
 }
 
-// Planes go in groups whose Q, dO and dQ fit the L2 cache together; `queries` rows of a plane are in use at a time.
-// Where blocks add to dQ in turns, a key tile's waits for the one before: then the tiles of all planes follow one
-// another, and few of one plane are in work at a time.
-inline int planes_at_once(int planes, int64_t queries, int head_dim, bool in_turns) {
+// Planes go in groups of which what is read and added to again and again fits the L2 cache together: Q, dO and dQ, or dK
+// and dV where those are sums, all of them 8 bytes for each row and dimension. Where blocks add to dQ in turns, a key
+// tile's waits for the one before: then the tiles of all planes follow one another, and few of one plane are in work at a
+// time.
+inline int planes_at_once(int planes, int64_t rows, int head_dim, bool in_turns) {
   constexpr int64_t kCacheBytes = 32 << 20;
   constexpr int64_t kElementBytes = 2 + 2 + 4;
-  const int64_t plane_bytes = kElementBytes * queries * head_dim;
+  const int64_t plane_bytes = kElementBytes * rows * head_dim;
   const int64_t fitting = plane_bytes < kCacheBytes ? kCacheBytes / plane_bytes : 1;
   const int64_t groups = in_turns ? 1 : (planes + fitting - 1) / fitting;
   return static_cast<int>((planes + groups - 1) / groups);

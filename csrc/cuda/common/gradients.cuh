@@ -15,19 +15,6 @@ __device__ __forceinline__ void add_pair(float* target, float first, float secon
 #endif
 }
 
-// The same of four, `target` a multiple of 16 bytes.
-__device__ __forceinline__ void add_quad(float* target, const float4& x) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(target), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
-               : "memory");
-#else
-  atomicAdd(target, x.x);
-  atomicAdd(target + 1, x.y);
-  atomicAdd(target + 2, x.z);
-  atomicAdd(target + 3, x.w);
-#endif
-}
-
 // Adds a warp's accumulators (layout: softmax.cuh) to GradientPieces. `target` is where this thread's first pair goes,
 // `pitch` leads to the rows eight further on. Of the rows and columns from the thread's first row and the warp's first
 // column on, `rows` and `columns` are there; kWhole says that all are, which leaves no branches.
@@ -44,6 +31,36 @@ __device__ __forceinline__ void add_pieces(float* target, int pitch, const float
         if (!kWhole && block * 8 >= columns) continue;
         add_pair(target + (slab * 2 + half) * pitch + block * 64, gradients[slab][block][2 * half],
                  gradients[slab][block][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// Adds a warp's accumulators, times a factor, to GradientPieces of a plane whose rows do not follow one another: row n
+// to row row_of(n). This thread's rows and columns of the tile begin at `row` and `column`; those from `rows` and
+// `columns` on are not there. row_by_row: rows whose places among eight differ are added one after the other.
+template <typename Pieces, int kSlabs, int kBlocks, typename RowOf>
+__device__ __forceinline__ void add_rows(float* tensor, const Pieces& pieces, int64_t plane,
+                                         const float (&gradients)[kSlabs][kBlocks][4], float factor, int row,
+                                         int column, int rows, int columns, bool row_by_row, RowOf&& row_of) {
+  const int place = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int n = row + slab * 16 + half * 8 + place;
+#pragma unroll 1
+      for (int turn = 0; turn < (row_by_row ? 8 : 1); ++turn) {
+        if (row_by_row) __syncwarp();
+        if (n >= rows || (row_by_row && place != turn)) continue;
+        float* target = tensor + pieces.offset(plane, row_of(n)) + column / Pieces::kColumns * Pieces::kElements +
+                        threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          if (column + block * 8 >= columns) continue;
+          add_pair(target + block * Pieces::kElements, gradients[slab][block][2 * half] * factor,
+                   gradients[slab][block][2 * half + 1] * factor);
+        }
       }
     }
   }
@@ -125,30 +142,6 @@ __device__ __forceinline__ void store_staged(const StagedRows<kRows, kHeadDim>& 
       const int begin = i % kUnits * 2 * kChunk;
       for (int d = begin; d < head_dim && d < begin + 2 * kChunk; ++d) {
         destination[d] = from_float<T>(rotated ? rotated_back_element(source, d, table, table_row + n) : source[d]);
-      }
-    }
-  }
-}
-
-// Adds staged rows to float32 rows of `pitch` elements, a multiple of 4: of the first `valid` every step-th from
-// `first` on, row n to row row_of(n). Called by a warp. What it adds to an element comes from one lane, and so in
-// order.
-template <int kRows, int kHeadDim, typename RowOf>
-__device__ __forceinline__ void add_staged(const StagedRows<kRows, kHeadDim>& staged, float* rows, int pitch, int valid,
-                                           int first, int step, RowOf&& row_of) {
-  constexpr int kVector = kHeadDim < 128 ? 2 : 4;
-#pragma unroll 4
-  for (int n = first; n < valid; n += step) {
-    float* target = rows + static_cast<int64_t>(row_of(n)) * pitch;
-#pragma unroll
-    for (int part = 0; part < kHeadDim / (32 * kVector); ++part) {
-      const int d = (part * 32 + static_cast<int>(threadIdx.x) % 32) * kVector;
-      if (d >= pitch) continue;
-      if constexpr (kVector == 2) {
-        const float2 pair = *reinterpret_cast<const float2*>(staged.row(n) + d);
-        add_pair(target + d, pair.x, pair.y);
-      } else {
-        add_quad(target + d, *reinterpret_cast<const float4*>(staged.row(n) + d));
       }
     }
   }

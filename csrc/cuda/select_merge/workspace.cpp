@@ -46,10 +46,9 @@ SelectMergeBackwardWorkspace select_merge_backward_workspace(const SelectMergeBa
   Carver carver(memory);
   float* const dq = carver.take<float>(planes * GradientPieces{shape.seqlen_q, shape.head_dim}.plane());
   for (RegimeQueries& regime : queries.regimes) regime = {forward.q, forward.q_strides, dq, shape.seqlen_q};
-  constexpr int kPitchUnit = 4;
-  keys.pitch = (shape.head_dim + kPitchUnit - 1) / kPitchUnit * kPitchUnit;
-  keys.dk = carver.take<float>(kv_planes * shape.seqlen_k * keys.pitch);
-  keys.dv = carver.take<float>(kv_planes * shape.seqlen_k * keys.pitch);
+  const int64_t sums = kv_planes * GradientPieces{shape.seqlen_k, shape.head_dim}.plane();
+  keys.dk = carver.take<float>(sums);
+  keys.dv = carver.take<float>(sums);
   if (deterministic) {
     const QueryTiling tiling{forward.geometry, 0, shape.seqlen_k, kBackwardSmallestTileM};
     queries.turns = carver.take<int>(planes * tiling.count());
