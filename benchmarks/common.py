@@ -162,7 +162,7 @@ def make_clock(device):
     return CudaClock(device) if torch.device(device).type == "cuda" else CpuClock()
 
 
-def time_interleaved(functions, clock, *, rounds=11, seconds=0.7):
+def time_interleaved(functions, clock, *, rounds=11, fewest_rounds=5, seconds=0.7):
     """Times functions against each other: every round runs each of them, in another order each time.
 
     Clocks move under load, so times taken one implementation after the other do not compare. Nor would they in a fixed
@@ -171,17 +171,20 @@ def time_interleaved(functions, clock, *, rounds=11, seconds=0.7):
     Args:
         functions: name to function without arguments. Each is called once to warm up.
         clock: from :func:`make_clock`.
-        rounds: at least this many samples are taken of each.
+        rounds: how many there are, so many samples at least are taken of each. The power budget follows what ran just
+            before, so many short rounds compare better than a few long ones.
+        fewest_rounds: how many there are of functions so slow that more would not fit in ``seconds``.
         seconds: roughly how long each function runs in all rounds together.
 
     Returns:
         name to :class:`Timing`.
     """
-    repeats = {}
+    estimates = {}
     for name, function in functions.items():
         clock(function, 1)
-        estimate = clock(function, 1)[0] / 1e3
-        repeats[name] = max(1, min(100, int(seconds / rounds / max(estimate, 1e-6))))
+        estimates[name] = max(clock(function, 1)[0] / 1e3, 1e-6)
+    rounds = min(rounds, max(fewest_rounds, int(seconds / max(estimates.values()))))
+    repeats = {name: max(1, min(100, int(seconds / rounds / estimate))) for name, estimate in estimates.items()}
     names = list(functions)
     samples = {name: [] for name in names}
     for turn in range(rounds):

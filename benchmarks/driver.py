@@ -259,7 +259,7 @@ def parse_arguments(argv, description, benchmark):
     parser.add_argument("--impls", nargs="+", choices=impls, help="default: all there are")
     parser.add_argument("--flex", action="store_true", help="time FlexAttention too")
     parser.add_argument("--fa3", metavar="DIR", help="folder with FlashAttention-3: see peers.load_fa3")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=25, help="at most; slow shapes have fewer")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each implementation at each shape")
     parser.add_argument("--time-limit", type=float, help="seconds after which no further shape is begun")
     parser.add_argument("--no-check", action="store_true", help="time without comparing with the reference")

@@ -127,7 +127,8 @@ BAD_FLOAT8_CALLS = {
 def test_bad_float8_decode_calls(device, name):
     edits, message = BAD_FLOAT8_CALLS[name]
     values = changed(decode_arguments(device), {"k_cache": to_float8, "v_cache": to_float8})
-    edits = {name: edit(None).to(device) for name, edit in edits.items()}
+    with device:
+        edits = {name: edit(None) for name, edit in edits.items()}
     chunkattn.dca_with_kvcache(**values, k_scale=torch.ones(2, device=device))
     with pytest.raises(REFUSALS, match=message):
         chunkattn.dca_with_kvcache(**{**values, **edits})
@@ -184,9 +185,13 @@ def test_bad_contents_on_cuda_stay_inside_the_cache(cuda):
         {"block_table": lambda x: torch.cat((x[:1], x[1:] - 2**30))},
     ):
         good, bad = decode_arguments(cuda), decode_arguments(cuda)
+        for values in good, bad:
+            for name in "k_cache", "v_cache":
+                values[name].copy_(torch.linspace(-1, 1, values[name].numel()).view_as(values[name]))
         expected = chunkattn.dca_with_kvcache(**good)
         out = chunkattn.dca_with_kvcache(**changed(bad, edit))
         torch.cuda.synchronize()
+        assert expected.isfinite().all()
         assert torch.equal(out[0], expected[0])
 
 

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import sys
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -159,13 +160,20 @@ def test_portable_kernel_is_given_back(monkeypatch):
 def test_every_round_has_an_order_of_its_own():
     order = []
     functions = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    timings = common.time_interleaved(functions, common.CpuClock(), rounds=12, seconds=0)
+    timings = common.time_interleaved(functions, common.CpuClock(), rounds=12, fewest_rounds=12, seconds=0)
     assert order[:6] == list("aabbcc")
     rounds = ["".join(order[begin : begin + 3]) for begin in range(6, len(order), 3)]
     assert len(rounds) == 12
     assert all(sorted(names) == list("abc") for names in rounds)
     assert {names[0] for names in rounds} == {names[-1] for names in rounds} == set("abc")
     assert all(len(timing.samples) == 12 for timing in timings.values())
+
+
+def test_slow_functions_have_fewer_rounds():
+    functions = {"slow": lambda: time.sleep(0.01), "fast": lambda: None}
+    timings = common.time_interleaved(functions, common.CpuClock(), rounds=50, fewest_rounds=2, seconds=0.03)
+    assert 2 <= len(timings["slow"].samples) <= 3
+    assert len(timings["fast"].samples) >= len(timings["slow"].samples)
 
 
 def test_timing():
