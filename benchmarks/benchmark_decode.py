@@ -234,7 +234,9 @@ class Decode(driver.Benchmark):
             cases += [self.dense_case(name, engine, q, cache, table) for cache in (rows, *paged)]
             composed = peers.ComposedStep(engine, *table, setting, q, rows.k, rows.v)
             oracle = Oracle(q, rows, table, appends=False)
-            cases.append(CacheCase(f"composed-{name}", setting, Captured(composed), cache=rows, oracle=oracle))
+            cases.append(
+                CacheCase(f"composed-{name}", setting, Captured(self.device, composed), cache=rows, oracle=oracle)
+            )
         return cases
 
     def step_cases(self, inputs, table, setting):
@@ -248,11 +250,11 @@ class Decode(driver.Benchmark):
         return {name: engine for name, engine in self.engines.items() if engine.decode is not None}
 
     def our_case(self, q, cache, table, setting, times=1):
-        call = Captured(dca_step, q, cache, *table, setting, times=times)
+        call = Captured(self.device, dca_step, q, cache, *table, setting, times=times)
         return CacheCase("chunkattn", setting, call, cache=cache, oracle=Oracle(q, cache, table, appends=True))
 
     def dense_case(self, name, engine, q, cache, table, times=1):
-        call = Captured(dense_step, engine, q, cache, times=times)
+        call = Captured(self.device, dense_step, engine, q, cache, times=times)
         return CacheCase(name, None, call, cache=cache, oracle=Oracle(q, cache, table, appends=False))
 
     def prefill_cases(self, inputs, table, setting):

@@ -54,15 +54,16 @@ class Lazy(Call):
 
 
 class Captured(Call):
-    """A call that replays a CUDA graph of ``times`` calls, so that the device never waits for the host."""
+    """``times`` calls, on a GPU as one CUDA graph that is replayed, so that the device never waits for the host."""
 
-    def __init__(self, function, *inputs, times=1):
+    def __init__(self, device, function, *inputs, times=1):
         super().__init__(function, *inputs)
         self.times = times
+        self.on_gpu = torch.device(device).type == "cuda"
         self.graph = self.result = None
 
     def prepare(self):
-        if self.graph is not None or not torch.cuda.is_available():
+        if self.graph is not None or not self.on_gpu:
             return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
