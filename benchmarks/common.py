@@ -3,7 +3,7 @@
 A result file is JSON: ``header`` (machine, versions, source tree, ceilings), ``rows`` (one per measurement), ``absent``
 (implementation to reason) and ``failed`` (what was tried and broke). A row is ``{impl, pass, batch, heads, kv_heads,
 seq_q, seq_k, head_dim, dtype, chunk_size, local_size, ms, ms_spread, tflops or gbps, max_error}`` with null where a
-field has no meaning: dense attention has no chunk_size.
+field has no meaning: dense attention has no chunk_size. Rows of decoding say how the ``cache`` lies in memory.
 """
 
 import importlib.metadata
@@ -309,7 +309,8 @@ def print_rows(title, rows, ceilings=None):
         share = f"{row[unit] / ceilings[ceiling]:.1%}" if ceilings else ""
         rate = f"{row[unit]:.4g} {'TFLOP/s' if unit == 'tflops' else 'GB/s'}"
         error = "" if row["max_error"] is None else f"{row['max_error']:.2e}"
-        table.add_row(row["impl"], setting, f"{row['ms']:.4g}", f"{row['ms_spread']:.2g}", rate, share, error)
+        impl = f"{row['impl']}, {row['cache']}" if row.get("cache") else row["impl"]
+        table.add_row(impl, setting, f"{row['ms']:.4g}", f"{row['ms_spread']:.2g}", rate, share, error)
     console.print(table)
 
 

@@ -3,9 +3,10 @@
     python benchmarks/gpu_session.py --wheel dist/chunkattn-*.whl --fa3 DIR --output results
 
 Stages: pytest (the GPU suite), sanitizer (compute-sanitizer over tests/gpu/sanitize_sweep.py), forward
-(benchmark_forward.py) and, when asked for, backward (benchmark_backward.py), finetune (benchmark_finetune.py) and ncu
-(a profile of one shape). A stage that fails or runs out of time does not stop the others. Logs and result files go to
-the output folder, the summary comes last, and the exit status is 1 if a stage failed.
+(benchmark_forward.py) and, when asked for, backward (benchmark_backward.py), decode (benchmark_decode.py), finetune
+(benchmark_finetune.py) and ncu (a profile of one shape). A stage that fails or runs out of time does not stop the
+others. Logs and result files go to the output folder, the summary comes last, and the exit status is 1 if a stage
+failed.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["pytest", "sanitizer", "forward", "backward", "finetune", "ncu"]
-PASSES = ["forward", "backward"]
+STAGES = ["pytest", "sanitizer", "forward", "backward", "decode", "finetune", "ncu"]
+PASSES = ["forward", "backward", "decode"]
 BENCHMARKS = [*PASSES, "finetune"]
 DEFAULT_STAGES = ["pytest", "sanitizer", "forward"]
 TAIL_LINES = 40
@@ -245,7 +246,15 @@ def parse_arguments(argv):
     parser.add_argument("--output", default="gpu-session", help="folder for logs and result files")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=DEFAULT_STAGES)
     parser.add_argument("--budget", type=float, default=570, help="seconds for all stages together")
-    limits = {"pytest": 180, "sanitizer": 120, "forward": 260, "backward": 260, "finetune": 200, "ncu": 100}
+    limits = {
+        "pytest": 180,
+        "sanitizer": 120,
+        "forward": 260,
+        "backward": 260,
+        "decode": 120,
+        "finetune": 200,
+        "ncu": 100,
+    }
     for stage, seconds in limits.items():
         parser.add_argument(f"--{stage}-limit", type=float, default=seconds, help=f"seconds, default {seconds}")
     parser.add_argument("--fa3", metavar="DIR", help="folder with FlashAttention-3: see peers.load_fa3")

@@ -39,6 +39,9 @@ class Engine:
     # (dout, q, k, v, out, lse, causal) -> dq, dk, dv. With the out and lse of a softmax over further keys these are the
     # part that the given keys have in the gradients.
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    # (q [B, 1, H, D], k, v [B, capacity, Hkv, D], lengths int32 [B], None) -> out; or with pages [num_pages, page_size,
+    # Hkv, D] as k and v and a block table
+    decode: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
 
 def load_fa3(folder):
@@ -77,7 +80,10 @@ def fa3_engine(folder):
     def backward(dout, q, k, v, out, lse, causal):
         return ops.bwd(dout, q, k, v, out, lse, is_causal=causal)[:3]
 
-    return Engine(lambda q, k, v: with_lse(q, k, v, True)[0], with_lse, backward)
+    def decode(q, k, v, lengths, block_table):
+        return ops.fwd(q, k, v, seqused_k=lengths, page_table=block_table, is_causal=True)[0]
+
+    return Engine(lambda q, k, v: with_lse(q, k, v, True)[0], with_lse, backward, decode)
 
 
 def _sdpa(backend, q, k, v):
@@ -136,7 +142,14 @@ def cpu_engine():
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, *(x.unflatten(2, (kv_heads, -1)).sum(dim=3) for x in (dk, dv))
 
-    return Engine(functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), with_lse, backward)
+    def decode(q, k, v, lengths, block_table):
+        if block_table is not None:
+            k, v = (x[block_table.long()].flatten(1, 2) for x in (k, v))
+        mask = torch.arange(k.shape[1], device=k.device) < lengths.reshape(-1, 1, 1, 1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return Engine(functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), with_lse, backward, decode)
 
 
 def find_engines(device, fa3_folder=None):
@@ -240,6 +253,31 @@ class ComposedDca:
         out = torch.empty_like(q)
         for own, calls in self.calls(q.shape[1]):
             merge(self.attend(own, calls, queries, k, v), out[:, own])
+        return out
+
+
+class ComposedStep:
+    """DCA of the last of S tokens over keys that are rotated, k [B, S, Hkv, D]: up to three calls and a merge.
+
+    A call takes no time for the rotations of q [B, 1, H, D], which are made here.
+    """
+
+    def __init__(self, engine, cos, sin, setting, q, k, v):
+        self.engine = engine
+        stride, end = setting.stride, k.shape[1]
+        index = (end - 1) % stride
+        own = end - 1 - index
+        rows = (index, min(index + stride, setting.chunk_size), min(2 * stride - 1, setting.chunk_size))
+        spans = ((own, end), (own - stride, own), (0, own - stride))
+        self.parts = [
+            (rotate(q, cos[row], sin[row]), k[:, begin:stop], v[:, begin:stop])
+            for row, (begin, stop) in zip(rows, spans, strict=True)
+            if 0 <= begin < stop
+        ]
+
+    def __call__(self):
+        out = torch.empty_like(self.parts[0][0])
+        merge([self.engine.with_lse(*part, False) for part in self.parts], out)
         return out
 
 

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
 common = importlib.import_module("common")
 peers = importlib.import_module("peers")
 benchmark_backward = importlib.import_module("benchmark_backward")
+benchmark_decode = importlib.import_module("benchmark_decode")
 benchmark_forward = importlib.import_module("benchmark_forward")
 gpu_session = importlib.import_module("gpu_session")
 sanitize_sweep = importlib.import_module("sanitize_sweep")
@@ -328,6 +329,69 @@ class TestBackward:
         assert message in results["failed"][0]["error"]
 
 
+@pytest.mark.usefixtures("quick_ceilings")
+class TestDecode:
+    def run(self, path, *arguments):
+        quick = ["--device", "cpu", "--dca", "96:32", "--seconds", "0", "--rounds", "2", "--prefill-chunk", "60"]
+        status = benchmark_decode.main([*quick, "--json", str(path), *arguments])
+        return status, json.loads(path.read_text())
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    def test_results(self, tmp_path, dtype):
+        shapes = ["b2-s1/256-h4/2-d16", "s1/100-h4/2-d16", "s160-h4/2-d16"]
+        status, results = self.run(tmp_path / "decode.json", "--dtype", dtype, "--shape", *shapes)
+        assert results["failed"] == []
+        assert status == 0
+        rows = [(row["pass"], row["impl"], row["cache"], row["chunk_size"]) for row in results["rows"]]
+        paged = [f"pages of {size}" for size in (16, 64, 128)]
+        assert rows == [
+            *(("decode", "chunkattn", cache, 96) for cache in ("rows", *paged, "float8")),
+            *(("decode", "sdpa", cache, None) for cache in ("rows", *paged)),
+            ("decode", "composed-sdpa", "rows", 96),
+            ("step", "chunkattn", "rows", 96),
+            ("step", "sdpa", "rows", None),
+            ("prefill", "chunkattn", None, 96),
+            ("prefill", "chunkattn", "rows", 96),
+            ("prefill", "chunkattn", "pages of 16", 96),
+        ]
+        assert results["rows"][4]["gbps"] > 0
+        assert results["rows"][10]["steps_in_graph"] == benchmark_decode.STEPS
+        for row in results["rows"]:
+            assert 0 < row["max_error"] < 0.02
+        assert {"fa3", "composed-fa3"} == results["absent"].keys()
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda out, cache: out[-1, :, -1].mul_(1.1), "output is wrong"),
+            (lambda out, cache: out[0, :, 0].fill_(torch.nan), "not written"),
+            (lambda out, cache: cache.k[0, cache.length - 1, 0].mul_(1.1), "the appended token is wrong"),
+            (lambda out, cache: cache.v[-1, cache.length - 1, -1].neg_(), "the appended token is wrong"),
+        ],
+    )
+    def test_wrong_steps_are_not_timed(self, monkeypatch, tmp_path, spoil, message):
+        correct = benchmark_decode.dca_step
+
+        def step(q, cache, *arguments):
+            out = correct(q, cache, *arguments)
+            if cache.name == "rows":
+                spoil(out, cache)
+            return out
+
+        monkeypatch.setattr(benchmark_decode, "dca_step", step)
+        arguments = ["--shape", "b2-s1/256-h4/2-d16", "--dtype", "float32", "--impls", "chunkattn"]
+        status, results = self.run(tmp_path / "decode.json", *arguments)
+        assert status == 1
+        assert [row["cache"] for row in results["rows"]] == ["pages of 16", "pages of 64", "pages of 128", "float8"]
+        assert message in results["failed"][0]["error"]
+
+    def test_refused_shapes(self):
+        with pytest.raises(SystemExit, match="one query or as many queries as keys"):
+            benchmark_decode.main(["--device", "cpu", "--shape", "s2/256-h4/2-d16"])
+        with pytest.raises(SystemExit, match="takes shapes with as many queries as keys"):
+            benchmark_forward.main(["--device", "cpu", "--shape", "s1/256-h4/2-d16"])
+
+
 class TestFinetune:
     @pytest.fixture
     def finetune(self):
@@ -452,6 +516,39 @@ class TestPlot:
         assert "| chunkattn | chunkattn-deterministic | chunkattn-portable | composed-fa3 |" in page.read_text()
         assert (tmp_path / "images" / "h100-backward.png").is_file()
 
+    def test_decode(self, tmp_path):
+        plot = importlib.import_module("plot")
+        setting = common.DcaSetting(3072, 512)
+        step, prompt = (common.Shape.parse(text) for text in ("b16-s1/32k-h32/8-d128", "s128k-h32/8-d128"))
+
+        def row(impl, pass_, shape, cache, ms, **extra):
+            timing = common.Timing((ms,))
+            if pass_ != "prefill":
+                extra["bytes_moved"] = 10**9
+            return common.make_row(impl, pass_, shape, timing, setting=setting, cache=cache, **extra)
+
+        rows = [
+            row("chunkattn", "decode", step, "rows", 1.0),
+            row("chunkattn", "decode", step, "float8", 0.5),
+            row("fa3", "decode", step, "rows", 1.1),
+            row("composed-fa3", "decode", step, "rows", 1.25),
+            row("chunkattn", "step", step, "rows", 0.0083, steps_in_graph=50),
+            row("chunkattn", "prefill", prompt, None, 200.0),
+            row("chunkattn", "prefill", prompt, "rows", 210.0, tokens=8192),
+        ]
+        header = common.make_header("decode", "cpu", {"matmul_tflops": 1, "matmul": "1^3", "copy_gbps": 1250})
+        path = tmp_path / "h100" / "decode.json"
+        common.write_results(path, header, rows)
+        page = tmp_path / "performance.md"
+        assert plot.main([str(path), "--page", str(page)]) == 0
+        text = page.read_text()
+        assert "| 16 x 32k | rows | 3072:512 | 1000 | 80.0% | 909 | 800 | 1.10 | 1.25 | - |" in text
+        assert "| 16 x 32k | float8 | 3072:512 | 2000 | 160.0% | - | - | - | - | 2.00 |" in text
+        assert "| 32,768 keys | 8.3 |" in text
+        assert "chunks of 8k, rows | 210 |" in text
+        assert "| 1.050 |" in text
+        assert (tmp_path / "images" / "h100-decode.png").is_file()
+
     def test_missing_end_marker(self):
         plot = importlib.import_module("plot")
         page = plot.replace_section("", "x", "text").replace("<!-- benchmark x: end -->", "")
@@ -497,7 +594,7 @@ class TestGpuSession:
         assert status == 1
         assert stages["sanitizer"]["detail"] == "compute-sanitizer was not found"
 
-    @pytest.mark.parametrize("stage", ["forward", "backward"])
+    @pytest.mark.parametrize("stage", ["forward", "backward", "decode"])
     def test_benchmark_stage(self, monkeypatch, tmp_path, stage):
         run = []
         monkeypatch.setattr(gpu_session, "run_limited", lambda command, *_: run.append(list(map(str, command))) or 0)
