@@ -253,10 +253,12 @@ def make_header(benchmark, device, ceilings=None, **settings):
     }
 
 
-def make_row(impl, pass_, shape, timing, *, setting=None, bytes_moved=None, max_error=None, **extra):
-    """A row of a result file. With ``bytes_moved`` the rate is in GB/s, otherwise in TFLOP/s of causal FLOPs."""
+def make_row(impl, pass_, shape, timing, *, setting=None, bytes_moved=None, flops=None, max_error=None, **extra):
+    """A row of a result file. With ``bytes_moved`` the rate is in GB/s, otherwise in TFLOP/s: of ``flops``, or of
+    causal attention's."""
     if bytes_moved is None:
-        rate = {"tflops": _significant(shape.flops(pass_) / timing.ms / 1e9)}
+        flops = shape.flops(pass_) if flops is None else flops
+        rate = {"tflops": _significant(flops / timing.ms / 1e9)}
     else:
         rate = {"gbps": _significant(bytes_moved / timing.ms / 1e6)}
     return {

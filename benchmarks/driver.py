@@ -1,4 +1,4 @@
-"""What the benchmarks of passes and of decoding share: finding, checking and timing the implementations."""
+"""What the benchmarks of attention share: finding, checking and timing the implementations."""
 
 import argparse
 import time
@@ -93,8 +93,8 @@ def check(case, oracle):
     """Runs a case once, fills in its error and its memory. Returns what is wrong with it, or None."""
     cuda = oracle.likes[0].is_cuda
     case.call.prepare()
-    # The allocator hands the blocks that are freed here to the results: what is not written stays NaN.
-    spoiled = [torch.full_like(like, float("nan")) for like in oracle.likes]
+    # The allocator hands the blocks that are freed here to the results: what is not written stays NaN, or -2.
+    spoiled = [torch.full_like(like, float("nan") if like.is_floating_point() else -2) for like in oracle.likes]
     del spoiled
     if cuda:
         torch.cuda.synchronize()
@@ -251,11 +251,11 @@ class Benchmark:
             common.write_results(self.options.json, self.header, self.rows, self.absent, self.failed)
 
 
-def parse_arguments(argv, description, benchmark):
+def make_parser(description, benchmark):
+    """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", nargs="+", help="such as s32k-h32/8-d128; default: the published table")
-    parser.add_argument("--dca", nargs="+", metavar="CHUNK:LOCAL", help="DCA settings; one: a single chunk")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     impls = benchmark.dense + benchmark.composed + benchmark.ours
     parser.add_argument("--impls", nargs="+", choices=impls, help="default: all there are")
@@ -268,15 +268,23 @@ def parse_arguments(argv, description, benchmark):
     parser.add_argument("--once", action="store_true", help="run everything once without timing, for a profiler")
     parser.add_argument("--json", metavar="PATH", help="result file")
     benchmark.add_arguments(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def run(argv, description, benchmark, cuda_table, cpu_table):
     """The command line of a benchmark; returns the exit status. Tables: shape to its DCA settings."""
-    options = parse_arguments(argv, description, benchmark)
+    parser = make_parser(description, benchmark)
+    parser.add_argument("--dca", nargs="+", metavar="CHUNK:LOCAL", help="DCA settings; one: a single chunk")
+    options = parser.parse_args(argv)
+    return run_table(benchmark, options, cuda_table, cpu_table, options.dca, ["3072:512"])
+
+
+def run_table(benchmark, options, cuda_table, cpu_table, settings, default):
+    """Runs the shapes that were asked for, or those of the device's table, with ``settings``, or the table's, or the
+    default; returns the exit status."""
     table = cuda_table if torch.device(options.device).type == "cuda" else cpu_table
     names = options.shape or list(table)
-    shapes = {Shape.parse(name, options.dtype): options.dca or table.get(name, ["3072:512"]) for name in names}
+    shapes = {Shape.parse(name, options.dtype): settings or table.get(name, default) for name in names}
     if any(shape.seq_q != shape.seq_k and not (benchmark.takes_steps and shape.seq_q == 1) for shape in shapes):
         kinds = "one query or as many" if benchmark.takes_steps else "as many"
         raise SystemExit(f"benchmark_{benchmark.pass_} takes shapes with {kinds} queries as keys")

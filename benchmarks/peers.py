@@ -183,6 +183,40 @@ def flex_attention(q, k, v):
     return lambda: attend(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
 
 
+def flex_regions(q, k, v, indices, lists, block=128):
+    """A call of FlexAttention that executes as much as select-and-merge attention, compiled for these inputs.
+
+    Its masks are made of blocks of 128 keys, and of 16 it would be slow. So a group attends to as many blocks as its
+    listed regions fill, those of most of them, and to its own tokens causally.
+    """
+    from torch.nn.attention import flex_attention as flex
+
+    torch._dynamo.reset()
+    blocks, per_group = -(-k.shape[1] // block), lists.group // block
+    place = torch.arange(blocks, device=q.device)
+    kept = torch.zeros(*indices.shape[:3], blocks + 1, device=q.device)
+    listed = torch.where(indices >= 0, indices * lists.region_size // block, blocks)
+    kept.scatter_add_(-1, listed.long(), torch.ones_like(listed, dtype=kept.dtype))
+    count = (indices >= 0).sum(dim=-1, keepdim=True) * lists.region_size // block
+    rank = kept[..., :blocks].argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    # [B, H, blocks of queries, blocks of keys]
+    whole = (rank < count).repeat_interleave(per_group, dim=2)[:, :, :blocks]
+    own = place[:, None] // per_group == place[None, :] // per_group
+    whole = (whole | (own & (place[:, None] > place[None, :]))).repeat_interleave(q.shape[2] // whole.shape[1], dim=1)
+    diagonal = torch.eye(blocks, dtype=torch.bool, device=q.device).expand_as(whole)
+
+    def packed(mask):
+        indices = mask.int().argsort(dim=-1, descending=True, stable=True)
+        return mask.sum(dim=-1).int(), indices.int().contiguous()
+
+    tables = (*packed(diagonal), *packed(whole))
+    mask = flex.BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=block, mask_mod=causal_mask)
+    attend = torch.compile(flex.flex_attention, dynamic=False)
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return lambda: attend(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+
 def rotate(x, cos, sin):
     """x [B, S, H, D] rotated (NeoX pairs, all of D) by one table row per token, in float32. cos, sin: [S or 1, 1, D/2].
 
@@ -357,6 +391,22 @@ def autograd_gradients(function, q, k, v, dout):
     return lambda: torch.autograd.grad(out, qkv, dout, retain_graph=True)
 
 
+def autograd_training(function, q, k, v, dout):
+    """Forward and backward of ``function(q, k, v)``."""
+    qkv = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    with torch.enable_grad():
+        out = function(*qkv)
+    return torch.autograd.grad(out, qkv, dout)
+
+
+def engine_training(engine, q, k, v, dout):
+    """Forward and backward of a dense engine."""
+    if engine.backward is None:
+        return autograd_training(engine.causal, q, k, v, dout)
+    out, lse = engine.with_lse(q, k, v, True)
+    return engine.backward(dout, q, k, v, out, lse, True)
+
+
 def engine_gradients(engine, q, k, v, dout):
     """A call of a dense engine's backward: its own op where there is one, autograd's where not."""
     if engine.backward is None:
@@ -384,3 +434,10 @@ def chunkattn_gradients(q, k, v, dout, cos, sin, setting, *, deterministic=False
             return torch.ops.chunkattn.dca_backward(*saved, *sizes, deterministic=deterministic)
 
     return call
+
+
+def region_gradients(q, k, v, dout, indices, lists):
+    """A call of the backward of attention to lists of regions."""
+    sizes = lists.region_size, lists.merge
+    out, lse = torch.ops.chunkattn.select_merge(q, k, v, indices, *sizes)
+    return lambda: torch.ops.chunkattn.select_merge_backward(dout, q, k, v, out, lse, indices, *sizes)

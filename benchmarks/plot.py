@@ -2,8 +2,8 @@
 
     python benchmarks/plot.py benchmarks/results/h100/forward.json
 
-For each file, a PNG with the rate by length of every implementation, and a section between two markers of the page,
-which is replaced on every run. The page is never edited between its markers.
+For each file, a PNG with the rate by length of every implementation (of select_merge.json with the time by length), and
+a section between two markers of the page, which is replaced on every run. The page is never edited between its markers.
 """
 
 import argparse
@@ -44,6 +44,7 @@ LABELS = {
     "chunkattn": "chunkattn (DCA)",
     "chunkattn-deterministic": "chunkattn, deterministic (DCA)",
     "chunkattn-portable": "chunkattn, portable kernel (DCA)",
+    "chunkattn-dca": "chunkattn (DCA)",
     "fa3": "FlashAttention-3, dense",
     "cudnn": "cuDNN, dense",
     "fa2": "FlashAttention-2, dense",
@@ -213,6 +214,43 @@ def draw(results, path):
     plt.close(figure)
 
 
+def draw_times(results, path):
+    """Draws the time of the forward by length, of select-and-merge attention and of dense attention."""
+    rows = [row for row in results["rows"] if row["pass"] in ("forward", "selection")]
+    figure, axes = plt.subplots(figsize=(7.5, 5.0), layout="constrained")
+    lines = {(row["impl"], row["pass"]): [] for row in sorted(rows, key=lambda row: order_of(row["impl"]))}
+    for row in rows:
+        lines[row["impl"], row["pass"]].append((row["seq_k"], row["ms"]))
+    for (impl, pass_), points in lines.items():
+        ours, selection = impl == "chunkattn", pass_ == "selection"
+        label = "chunkattn (select-and-merge)" if ours else label_of(impl)
+        axes.plot(
+            *zip(*sorted(points), strict=True),
+            label="of it selection" if selection else label,
+            color=COLOURS.get(impl, "#555555"),
+            marker=MARKERS.get(impl, "x"),
+            linestyle="--" if selection else "-",
+            markerfacecolor="white" if selection else None,
+            linewidth=2.8 if ours and not selection else 1.6,
+            zorder=3 if ours else 2,
+        )
+    lengths = sorted({row["seq_k"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [length_label(length) for length in lengths])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("ms")
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    header = results["header"]
+    axes.set_title(f"Forward, {configuration(rows[0])}, {header['gpu'] or header['cpu']}", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def number(value):
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -368,6 +406,69 @@ def provenance(results):
     return text
 
 
+def forward_table(rows):
+    """Times of the forward by length: select-and-merge attention, the share of its selection, dense attention."""
+    by_length = {}
+    for row in rows:
+        if row["pass"] in ("forward", "selection"):
+            by_length.setdefault(row["seq_k"], {})[row["impl"], row["pass"]] = row["ms"]
+    impls = {impl for found in by_length.values() for impl, _ in found if impl != "chunkattn"}
+    dense = sorted(impls, key=order_of)
+    lines = []
+    for length, found in sorted(by_length.items()):
+        ours, selection = (found.get(("chunkattn", pass_)) for pass_ in ("forward", "selection"))
+        if ours is None:
+            continue
+        times = [found.get((impl, "forward")) for impl in dense]
+        cells = [number(ours), f"{selection / ours:.0%}" if selection else "-"]
+        cells += [number(time) if time else "-" for time in times]
+        fastest = min(filter(None, times), default=None)
+        lines.append([f"{length:,}", *cells, f"{fastest / ours:.2f}" if fastest else "-"])
+    return markdown_table(["tokens", "ms", "of it selection", *(f"{i}, ms" for i in dense), "dense / ours"], lines)
+
+
+def comparisons_table(rows):
+    """What the parts of select-and-merge attention are measured against."""
+    found = {(row["pass"], row["impl"], common.row_shape(row)): row for row in rows}
+    lines = []
+    for (pass_, impl, shape), row in found.items():
+        peers = [peer for p, peer, s in found if (p, s) == (pass_, shape) and peer != "chunkattn"]
+        if impl != "chunkattn" or pass_ in ("forward", "selection"):
+            continue
+        for peer in sorted(peers, key=order_of):
+            other = found[pass_, peer, shape]
+            # A rate of executed FLOPs, or where both compute gradients of different attentions, a time.
+            unit, ratio = ("TFLOP/s", row["tflops"] / other["tflops"])
+            values = [row["tflops"], other["tflops"]]
+            if pass_ == "training":
+                unit, values, ratio = "ms", [row["ms"], other["ms"]], other["ms"] / row["ms"]
+            lines.append([pass_, shape_label(row), peer, *(f"{number(v)} {unit}" for v in values), f"{ratio:.2f}"])
+    lines += _longest_line(found)
+    return markdown_table(["pass", "shape", "beside", "chunkattn", "the other", "times as fast"], lines)
+
+
+def _longest_line(found):
+    """The longest forward beside the longest dense one, whose time grows with the square of the length."""
+    forwards = [(shape, impl, row["ms"]) for (pass_, impl, shape), row in found.items() if pass_ == "forward"]
+    ours = max((f for f in forwards if f[1] == "chunkattn"), key=lambda f: f[0].seq_k, default=None)
+    for peer in ("fa3", "cudnn", "fa2", "sdpa"):
+        dense = max((f for f in forwards if f[1] == peer), key=lambda f: f[0].seq_k, default=None)
+        if ours and dense and dense[0].seq_k < ours[0].seq_k:
+            factor = (ours[0].seq_k // dense[0].seq_k) ** 2
+            beside = f"{peer} at {dense[0].seq_k:,} x {factor}"
+            times = [f"{number(ours[2])} ms", f"{number(dense[2])} ms x {factor}"]
+            label = shape_label(found["forward", "chunkattn", ours[0]])
+            return [["forward", label, beside, *times, f"{dense[2] * factor / ours[2]:.1f}"]]
+    return []
+
+
+def select_merge_section(results, image):
+    rows = results["rows"]
+    note = "Rates count executed FLOPs: fewer here than in dense attention and DCA."
+    parts = [provenance(results), f"![ms by length]({image})", forward_table(rows), comparisons_table(rows), note]
+    return "\n\n".join(parts)
+
+
 def section(results, image):
     rows = results["rows"]
     if decode_rows(rows):
@@ -408,8 +509,10 @@ def main(argv=None):
             raise SystemExit(f"{file} has no rows")
         name = f"{file.resolve().parent.name}-{file.stem}"
         image = images / f"{name}.png"
-        draw(results, image)
-        page = replace_section(page, name, section(results, os.path.relpath(image, options.page.parent)))
+        timed = results["header"]["benchmark"] == "select_merge"
+        (draw_times if timed else draw)(results, image)
+        text = (select_merge_section if timed else section)(results, os.path.relpath(image, options.page.parent))
+        page = replace_section(page, name, text)
         print(f"{image} and the section {name} of {options.page}")
     options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text(page)

@@ -163,6 +163,7 @@ struct SelectWorkspace {
   uint64_t* candidates;  // [blocks * rows of a block, candidates_per_row], of the rows in work
   int candidates_per_row;
   uint64_t* lists;    // [planes_at_once, regions, top_k], the regions each row lists
+  int* unmerged;      // [planes_at_once, groups]: whether the group's short lists did not suffice
   int* tile_counter;  // [1]
 };
 
