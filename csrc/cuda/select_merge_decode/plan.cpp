@@ -115,7 +115,7 @@ DecodeParams decode_params(const SelectMergeDecodeParams& params, const StepPlan
   KeyValueCache& cache = decode.cache;
   cache.k = params.cache.k;
   cache.v = params.cache.v;
-  cache.k_strides = {plan.page_unit, params.cache.k_strides.seq, 0};
+  cache.k_strides = {plan.page_unit, params.cache.k_strides.seq, plan.page_unit};  // of one head
   cache.v_strides = cache.k_strides;
   cache.block_table = workspace.table;
   cache.block_table_stride = plan.table_width;
