@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from caches import Layout, assert_lse_within_rule, lengths, poison, raw_bytes
+from caches import assert_lse_within_rule, lengths, poison, raw_bytes
 from cases import dtypes, skip_without_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -58,8 +58,8 @@ def make_cache(
 
 
 def inputs(case: SelectMergeCase, dtype: torch.dtype, device: torch.device) -> dict:
-    """Rows to attend with, and others to select on: multiples of the region size, so that means and scores are exact and
-    what ties in one dtype ties in all."""
+    """Rows to attend with, and others to select on: multiples of the region size, so that means and scores are exact,
+    and what ties in one dtype ties in all."""
     q, k, v = case.inputs(dtype, 3, device)
     drawn = case.but(integers=True, seed=case.seed + 1).inputs(dtype, 2, device)
     select_q, select_k = (x / 12 * case.region_size for x in drawn)
@@ -337,9 +337,9 @@ def test_ids_that_are_no_regions_are_ignored(device):
     lists = torch.full((2, 2, 7, 7), -1, dtype=torch.int32, device=device)
     lists[:, :, 6] = ids
     oracle, plain = (
-        chunkattn.reference.select_merge(
-            *(x.to(kind) for x in full.values()), region_size=4, merge=5, indices=lists
-        )[:, 121:]
+        chunkattn.reference.select_merge(*(x.to(kind) for x in full.values()), region_size=4, merge=5, indices=lists)[
+            :, 121:
+        ]
         for kind in (torch.float64, dtype)
     )
     assert_within_rule(out, oracle, plain, "out")

@@ -89,8 +89,7 @@ const char* launch_sort_lists(const SelectPass& pass, cudaStream_t stream) {
 const char* launch_merge(const SelectPass& pass, cudaStream_t stream) {
   const int top_k = pass.rule.top_k;
   const bool walks = pass.workspace.lists != nullptr, in_shared = !walks || top_k <= kLargestTopKInShared;
-  // No more than half full: the kept regions, and those of one step.
-  const int slots = walks ? power_of_two_from(2 * (top_k + kMergeThreads)) : 0;
+  const int slots = walks ? merge_slots(top_k) : 0;
   int64_t blocks = static_cast<int64_t>(pass.rule.groups) * pass.planes;
   int64_t room = INT32_MAX;
   size_t shared_bytes = 0;

@@ -5,12 +5,6 @@
 
 namespace chunkattn::cuda {
 
-inline int power_of_two_from(int n) {
-  int power = 1;
-  while (power < n) power *= 2;
-  return power;
-}
-
 // kTeam threads, a warp or the block.
 template <int kTeam>
 __device__ __forceinline__ void sync_team() {
@@ -64,8 +58,6 @@ __device__ __forceinline__ void complete_list(uint64_t* entries, int wanted) {
     if (missing && place < wanted) entries[place] = list_entry(ordered_bits(-INFINITY), region);
   }
 }
-
-constexpr int kMergeThreads = 128;
 
 // The regions a group has kept so far and those of the rows in work, as a hash table.
 struct RegionTable {
@@ -152,8 +144,5 @@ __device__ __forceinline__ int walk_lists(const uint64_t* lists, int voters, int
   }
   return count;
 }
-
-// Of the table and the regions kept.
-__host__ __device__ inline int64_t merge_ints(int slots, int top_k) { return 2 * static_cast<int64_t>(slots) + top_k; }
 
 }  // namespace chunkattn::cuda

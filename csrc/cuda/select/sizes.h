@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "geometry.h"
+
 namespace chunkattn::cuda {
 
 // Rows that a thread block scores together, in the kernel with the fewest and in the one with the most.
@@ -28,6 +30,19 @@ constexpr int kLargestTopK = 1 << 20;
 constexpr int kRegisterCandidates = 1024;  // as many as a warp can hold in registers
 constexpr int kReductionSlack = 64;        // a reduction may leave so many more than top_k
 constexpr int kLargestTileColumns = 128;
+
+// Threads that merge the lists of a group.
+constexpr int kMergeThreads = 128;
+
+// Of the table of regions that are kept and those of one step of the walk: no more than half full, and a power of two.
+inline int merge_slots(int top_k) {
+  int slots = 1;
+  while (slots < 2 * (top_k + kMergeThreads)) slots *= 2;
+  return slots;
+}
+
+// Ints of the table and of the regions kept.
+CHUNKATTN_HOST_DEVICE int64_t merge_ints(int slots, int top_k) { return 2 * static_cast<int64_t>(slots) + top_k; }
 
 inline int candidates_per_row(int top_k) {
   int capacity = kRegisterCandidates;

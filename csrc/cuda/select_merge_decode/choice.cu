@@ -105,18 +105,12 @@ __global__ void __launch_bounds__(kThreads) choice_kernel(const __grid_constant_
     self.template sort_row<kInShared>(row, reinterpret_cast<uint64_t*>(choice_memory));
     if (!self.finish_row()) continue;
     int* memory = reinterpret_cast<int*>(choice_memory);
-    if constexpr (!kInShared)
-      memory = step.workspace.merge_memory + plane * (2 * static_cast<int64_t>(slots) + params.top_k);
+    if constexpr (!kInShared) memory = step.workspace.merge_memory + plane * merge_ints(slots, params.top_k);
     self.merge(memory, slots);
   }
 }
 
-// No more than half full: the kept regions, and those of one step.
-int slots_for(int top_k) { return power_of_two_from(2 * (top_k + kMergeThreads)); }
-
 }  // namespace
-
-int64_t merge_ints_of(int top_k) { return merge_ints(slots_for(top_k), top_k); }
 
 const char* launch_choice(const SpanStep& step, cudaStream_t stream) {
   const StepPlan& plan = step.plan;
@@ -125,7 +119,7 @@ const char* launch_choice(const SpanStep& step, cudaStream_t stream) {
   size_t shared_bytes = 0;
   if (plan.chooses && in_shared) {
     const size_t sorted = static_cast<size_t>(plan.splits) * top_k * sizeof(uint64_t);
-    const size_t merged = static_cast<size_t>(merge_ints_of(top_k)) * sizeof(int);
+    const size_t merged = static_cast<size_t>(merge_ints(merge_slots(top_k), top_k)) * sizeof(int);
     shared_bytes = sorted > merged ? sorted : merged;
   }
   const auto kernel = in_shared ? &choice_kernel<true> : &choice_kernel<false>;
@@ -136,7 +130,8 @@ const char* launch_choice(const SpanStep& step, cudaStream_t stream) {
   constexpr int64_t kMostBlocks = 512;
   const int64_t works = static_cast<int64_t>(plan.planes) * (plan.chooses ? plan.voters : 1);
   const int64_t blocks = works < 1 ? 1 : works < kMostBlocks ? works : kMostBlocks;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream>>>(step, plan.chooses ? slots_for(top_k) : 0);
+  kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream>>>(step,
+                                                                            plan.chooses ? merge_slots(top_k) : 0);
   status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

@@ -149,7 +149,9 @@ StepWorkspace lay_out_step(const SelectMergeDecodeParams& params, const StepPlan
     workspace.candidates = reinterpret_cast<uint64_t*>(aligned);
     const int64_t lists = static_cast<int64_t>(plan.planes) * plan.splits * plan.voters;
     workspace.lists = carver.take<uint64_t>(lists * params.top_k);
-    if (!plan.lists_in_shared) workspace.merge_memory = carver.take<int>(plan.planes * merge_ints_of(params.top_k));
+    if (!plan.lists_in_shared) {
+      workspace.merge_memory = carver.take<int>(plan.planes * merge_ints(merge_slots(params.top_k), params.top_k));
+    }
   }
   if (params.attends && !is_direct(params, plan)) {
     const int64_t rows = static_cast<int64_t>(plan.planes) * plan.span_tokens * plan.heads_per_plane;

@@ -55,9 +55,6 @@ struct CacheScoreTile {
   static constexpr int kColumns = kHeadDim == 256 ? 32 : 64;
 };
 
-// Ints in which a plane's lists are merged.
-int64_t merge_ints_of(int top_k);
-
 // Whether the queries of a step of one token can be attended with, and its results written, as they lie.
 bool is_direct(const SelectMergeDecodeParams& params, const StepPlan& plan);
 

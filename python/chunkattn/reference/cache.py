@@ -62,7 +62,9 @@ class SelectMergeCache:
         counts = [q.shape[1]] * q.shape[0] if new_seqlens is None else new_seqlens.tolist()
         for row, count in enumerate(counts):
             rows = [x[row, :count].clone() for x in new]
-            self.rows[row] = [torch.cat(pair) for pair in zip(self.rows[row] or [x[:0] for x in rows], rows, strict=True)]
+            self.rows[row] = [
+                torch.cat(pair) for pair in zip(self.rows[row] or [x[:0] for x in rows], rows, strict=True)
+            ]
 
     def _attend_causal(self, rows: list[Tensor], count: int, scale: float | None) -> tuple[Tensor, Tensor]:
         q, k, v, select_q, select_k = rows
