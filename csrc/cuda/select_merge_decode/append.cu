@@ -3,6 +3,8 @@
 #include <cuda_fp16.h>
 
 #include "cuda/decode/cache_rows.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
+#include "cuda/select_merge_decode/launch_step.cuh"
 #include "cuda/select_merge_decode/launchers.h"
 
 namespace chunkattn::cuda {
@@ -96,9 +98,15 @@ struct SpanAppend {
   // Where a region of a head lies, as the decode kernels count pages; -1 where its page does not exist.
   __device__ __forceinline__ int page_of(int batch, int kv_head, int region) const {
     const KeyValueCache& cache = step.params.cache;
-    const CacheRow place = cache_row(cache, batch, region * step.params.geometry.region_size);
-    if (place.page < 0) return -1;
-    return static_cast<int>(cache_offset(cache.k_strides, place, kv_head) / step.plan.page_unit);
+    const PageSteps& steps = step.plan.page_steps;
+    int page = batch;
+    if (cache.block_table != nullptr) {
+      const int index = region / steps.regions_per_page;
+      region -= index * steps.regions_per_page;
+      page = __ldg(cache.block_table + batch * cache.block_table_stride + index);
+      if (page < 0 || page >= cache.num_pages) return -1;
+    }
+    return static_cast<int>(page * steps.page + region * steps.region + kv_head * steps.head);
   }
 
   // The list of a plane without the ids that are ignored, then the group itself.
@@ -144,6 +152,7 @@ __global__ void __launch_bounds__(kThreads)
   const SelectMergeDecodeParams& params = step.params;
   const SpanAppend append{step};
   int64_t block = blockIdx.x;
+  ptx::wait_for_previous_kernel();
   if (block < table_blocks) return append.write_table(static_cast<int>(block));
   block -= table_blocks;
   if (block < key_blocks) {
@@ -268,11 +277,8 @@ const char* launch_append_span(const SpanStep& step, cudaStream_t stream) {
   const int64_t query_blocks = params.each_token_chooses ? 0 : static_cast<int64_t>(step.plan.planes) * regions;
   const int64_t table_blocks = params.attends ? step.plan.planes : 0;
   const int64_t blocks = key_blocks + query_blocks + table_blocks + (step.last ? 1 : 0);
-  if (blocks > INT32_MAX) return "the call has too many tokens for one launch";
-  append_span_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(step, regions, key_blocks, query_blocks,
-                                                                             table_blocks);
-  const cudaError_t status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return launch_step(&append_span_kernel, blocks, kThreads, 0, step.plan.dependent_launch, stream, step, regions,
+                     key_blocks, query_blocks, table_blocks);
 }
 
 const char* launch_gather_queries(const SpanStep& step, cudaStream_t stream) {

@@ -1,6 +1,8 @@
 // From the regions that rows list to those a group attends to.
+#include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/select/merge_lists.cuh"
 #include "cuda/select_merge_decode/chooser.cuh"
+#include "cuda/select_merge_decode/launch_step.cuh"
 
 namespace chunkattn::cuda {
 
@@ -28,19 +30,23 @@ struct PlaneChoice {
   }
 
   // Puts what all splits found for a row in order, best first, and leaves the ids where the first split's entries were.
+  // `shared` has room for the entries of all splits and for top_k more.
   template <bool kInShared>
   __device__ __forceinline__ void sort_row(int row, uint64_t* shared) const {
-    const int top_k = step.params.top_k, splits = kInShared ? step.plan.splits : 1;
+    const int top_k = step.params.top_k;
     uint64_t* first = list(0, row);
-    uint64_t* entries = kInShared ? shared : first;
+    uint64_t* entries = kInShared ? shared + step.plan.splits * top_k : first;
     if constexpr (kInShared) {
-      for (int split = 0; split < splits; ++split) {
+      for (int split = 0; split < step.plan.splits; ++split) {
         const uint64_t* found = list(split, row);
-        for (int i = threadIdx.x; i < top_k; i += kThreads) entries[split * top_k + i] = found[i];
+        for (int i = threadIdx.x; i < top_k; i += kThreads) shared[split * top_k + i] = found[i];
       }
+      for (int i = threadIdx.x; i < top_k; i += kThreads) entries[i] = 0;
+      __syncthreads();
+      keep_best(shared, step.plan.splits * top_k, entries, top_k);
     }
     __syncthreads();
-    sort_by_team<kThreads>(entries, splits * top_k, [](uint64_t a, uint64_t b) { return a > b; });
+    sort_by_team<kThreads>(entries, top_k, [](uint64_t a, uint64_t b) { return a > b; });
     const int end = choice.row_end(step, row);
     const int wanted = end < top_k ? end : top_k;
     if (wanted > 0) complete_list<kThreads>(entries, wanted);
@@ -53,6 +59,60 @@ struct PlaneChoice {
       if constexpr (!kInShared) __syncthreads();
       if (i < top_k) ids[i] = id;
     }
+  }
+
+  // Copies the best top_k of `count` entries, in any order. No two are equal, but those that are 0 and mean nothing.
+  static __device__ __forceinline__ void keep_best(const uint64_t* entries, int count, uint64_t* kept, int top_k) {
+    __shared__ int next;
+    if (threadIdx.x == 0) next = 0;
+    const uint64_t least = count > top_k ? threshold(entries, count, top_k) : 1;
+    __syncthreads();  // `next` is 0
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const uint64_t entry = entries[i];
+      if (entry >= least) kept[atomicAdd(&next, 1)] = entry;
+    }
+  }
+
+  // What the top_k best entries reach, or all that are not 0 where these are fewer: a search in quarters.
+  static __device__ __forceinline__ uint64_t threshold(const uint64_t* entries, int count, int top_k) {
+    __shared__ uint32_t counts[2][kThreads / 32][2];
+    uint64_t low = 1, high = UINT64_MAX;  // `high` is reached by fewer than top_k
+    for (int turn = 0; high - low > 1; turn ^= 1) {
+      const uint64_t quarter = (high - low) / 4 > 0 ? (high - low) / 4 : 1;
+      const uint64_t middle[3] = {low + quarter, low + 2 * quarter, high - quarter};
+      uint32_t reach[3] = {};
+      for (int i = threadIdx.x; i < count; i += kThreads) {
+        const uint64_t entry = entries[i];
+#pragma unroll
+        for (int j = 0; j < 3; ++j) reach[j] += entry >= middle[j] ? 1 : 0;
+      }
+      // Counts have 16 bits: see kLargestSort.
+      const uint32_t first_two = __reduce_add_sync(0xffffffffu, reach[0] | reach[1] << 16);
+      const uint32_t third = __reduce_add_sync(0xffffffffu, reach[2]);
+      if (threadIdx.x % 32 == 0) {
+        counts[turn][threadIdx.x / 32][0] = first_two;
+        counts[turn][threadIdx.x / 32][1] = third;
+      }
+      __syncthreads();
+      uint32_t all[2] = {};
+#pragma unroll
+      for (int warp = 0; warp < kThreads / 32; ++warp) {
+        all[0] += counts[turn][warp][0];
+        all[1] += counts[turn][warp][1];
+      }
+      const int reached[3] = {static_cast<int>(all[0] & 0xffff), static_cast<int>(all[0] >> 16),
+                              static_cast<int>(all[1])};
+      uint64_t below = low, above = high;
+#pragma unroll
+      for (int j = 0; j < 3; ++j) {
+        if (reached[j] == top_k) return middle[j];
+        if (reached[j] > top_k && middle[j] > below) below = middle[j];
+        if (reached[j] < top_k && middle[j] < above) above = middle[j];
+      }
+      low = below;
+      high = above;
+    }
+    return low;
   }
 
   // Whether all rows of the plane are in order now. The same for all threads.
@@ -84,6 +144,8 @@ template <bool kInShared>
 __global__ void __launch_bounds__(kThreads) choice_kernel(const __grid_constant__ SpanStep step, int slots) {
   extern __shared__ __align__(16) unsigned char choice_memory[];
   const SelectMergeDecodeParams& params = step.params;
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
   if (blockIdx.x == 0) {
     for (int batch = threadIdx.x; batch < params.batch; batch += kThreads) {
       const int stored = params.stored(batch);
@@ -118,7 +180,7 @@ const char* launch_choice(const SpanStep& step, cudaStream_t stream) {
   const bool in_shared = !plan.chooses || plan.lists_in_shared;
   size_t shared_bytes = 0;
   if (plan.chooses && in_shared) {
-    const size_t sorted = static_cast<size_t>(plan.splits) * top_k * sizeof(uint64_t);
+    const size_t sorted = (static_cast<size_t>(plan.splits) + 1) * top_k * sizeof(uint64_t);
     const size_t merged = static_cast<size_t>(merge_ints(merge_slots(top_k), top_k)) * sizeof(int);
     shared_bytes = sorted > merged ? sorted : merged;
   }
@@ -130,10 +192,10 @@ const char* launch_choice(const SpanStep& step, cudaStream_t stream) {
   constexpr int64_t kMostBlocks = 512;
   const int64_t works = static_cast<int64_t>(plan.planes) * (plan.chooses ? plan.voters : 1);
   const int64_t blocks = works < 1 ? 1 : works < kMostBlocks ? works : kMostBlocks;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream>>>(step,
-                                                                            plan.chooses ? merge_slots(top_k) : 0);
-  status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  const int slots = plan.chooses ? merge_slots(top_k) : 0;
+  // Behind the kernel of the scores, where there is one.
+  return launch_step(kernel, blocks, kThreads, shared_bytes, plan.dependent_launch && plan.chooses, stream, step,
+                     slots);
 }
 
 }  // namespace chunkattn::cuda

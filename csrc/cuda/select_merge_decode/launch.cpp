@@ -27,9 +27,11 @@ const char* plan(const SelectMergeDecodeParams& params, StepPlan* plan, size_t* 
   if (params.dtype != DataType::kBFloat16 && params.dtype != DataType::kFloat16) {
     return "chunkattn's CUDA kernels take bfloat16 and float16";
   }
-  int count = 0;
+  int count = 0, capability = 0;
   if (const char* failure = multiprocessors(&count)) return failure;
+  if (const char* failure = compute_capability(&capability)) return failure;
   if (const char* failure = plan_step(params, count, plan)) return failure;
+  plan->dependent_launch = capability >= 90;
   *decode_bytes = 0;
   if (params.attends && params.heads > 0) decode_workspace(decode_params(params, *plan, {}), nullptr, decode_bytes);
   return nullptr;

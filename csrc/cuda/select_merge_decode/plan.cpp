@@ -71,6 +71,9 @@ const char* plan_step(const SelectMergeDecodeParams& params, int multiprocessors
   plan->table_width = static_cast<int>(width);
   plan->page_unit = std::gcd(std::gcd(k.batch, k.head), k.seq * params.geometry.region_size);
   if (plan->page_unit == 0) plan->page_unit = 1;
+  const int64_t unit = plan->page_unit, region_size = params.geometry.region_size;
+  plan->page_steps = {k.batch / unit, k.seq * region_size / unit, k.head / unit,
+                      cache.block_table == nullptr ? 0 : static_cast<int>(cache.page_size / region_size)};
   const int64_t last = (cache.num_pages - int64_t{1}) * k.batch + (cache.page_size - int64_t{1}) * k.seq +
                        (params.kv_heads - int64_t{1}) * k.head;
   if (last / plan->page_unit >= kMaxInt) {

@@ -12,6 +12,13 @@ namespace chunkattn::cuda {
 // other, of all sequences at once. To the decode kernels a plane is a sequence whose cache has pages of one region:
 // those of its list, then those of its group; a page is where it lies, in units of `page_unit` elements from the
 // cache's first. So one block table says which regions of which head are attended to, wherever they lie.
+struct PageSteps {
+  int64_t page;  // from one page of the cache, or sequence, to the next, in units
+  int64_t region;
+  int64_t head;
+  int regions_per_page;  // where there is a block table
+};
+
 struct StepPlan {
   int planes;
   int heads_per_plane;
@@ -19,14 +26,16 @@ struct StepPlan {
   int spans;          // at most
   int table_width;    // pages of a plane
   int64_t page_unit;  // divides the distances of heads, of regions and of sequences or pages of the cache
-  bool chooses;       // some group may have more regions to choose from than it keeps
-  int voters;         // rows of scores of a plane
-  int score_dim;      // a size the kernel of the scores is compiled for
+  PageSteps page_steps;
+  bool chooses;   // some group may have more regions to choose from than it keeps
+  int voters;     // rows of scores of a plane
+  int score_dim;  // a size the kernel of the scores is compiled for
   int row_tiles;
   int splits;  // parts in which a row's regions are scored at once
   int score_blocks;
   int candidates_per_row;
-  bool lists_in_shared;  // while they are sorted and merged
+  bool lists_in_shared;   // while they are sorted and merged
+  bool dependent_launch;  // kernels of a step start before those they follow have ended
 };
 
 // Null, or why no kernel takes the call.

@@ -6,6 +6,7 @@
 // the scores are multiplied by what the scales of their columns leave. Where no group begins, all blocks return at
 // once.
 #include "cuda/common/warp_multiply.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/select/row_candidates.cuh"
 #include "cuda/select/split_mean.cuh"
 #include "cuda/select_merge_decode/chooser.cuh"
@@ -86,11 +87,12 @@ struct CacheScores {
     const Strides& strides = params.select_q_strides;
     const uint16_t* rows = static_cast<const uint16_t*>(params.select_q) + batch * strides.batch +
                            step.index * strides.seq + head * strides.head;
+#pragma unroll 1
+    for (int n = 0; n < step.plan.heads_per_plane; ++n) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      x[i] = 0.f;
-      for (int n = 0; n < step.plan.heads_per_plane && begin + i < params.head_dim; ++n) {
-        x[i] += float_of_bits(rows[n * strides.head + begin + i], params.dtype);
+      for (int i = 0; i < kChunk; ++i) {
+        const int d = begin + i;
+        if (d < params.head_dim) x[i] += float_of_bits(rows[n * strides.head + d], params.dtype);
       }
     }
   }
@@ -212,6 +214,7 @@ __global__ void __launch_bounds__(CacheScores<kHeadDim, kInRegisters>::kThreads)
   using Kernel = CacheScores<kHeadDim, kInRegisters>;
   extern __shared__ __align__(128) unsigned char shared_memory[];
   const StepPlan& plan = step.plan;
+  ptx::let_next_kernel_start();
   if (blockIdx.x == 0) {
     for (int plane = threadIdx.x; plane < plan.planes; plane += Kernel::kThreads) step.workspace.counters[plane] = 0;
   }
