@@ -4,48 +4,27 @@ import math
 
 import pytest
 import torch
-from caches import FLOAT8, Layout, decode_options, lengths
-from cases import Case, skip_without_kernels
-from select_merge_cases import SelectMergeCase
+from bad_calls import (
+    BAD_BACKWARD_CALLS,
+    CASE,
+    HUGE,
+    REFUSALS,
+    changed,
+    columns,
+    every_other_column,
+    heads_last,
+    smallest_call,
+    to,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import chunkattn
-
-CASE = Case(seqlen_q=20, seqlen_k=33, batch=2, heads=4, kv_heads=2, head_dim=16, chunk_size=12, local_size=5)
-CASE = CASE.but(temperature=(1.0, 1.5))
-
-REFUSALS = (TypeError, ValueError, RuntimeError)
 
 
 def arguments(device):
     q, k, v = CASE.inputs(device, torch.bfloat16)
     return {"q": q, "k": k, "v": v, **CASE.options(device)}
 
-
-def changed(values, edits):
-    """The arguments with some replaced. A function is called with the value it replaces."""
-    return values | {name: edit(values[name]) if callable(edit) else edit for name, edit in edits.items()}
-
-
-def to(dtype):
-    return lambda x: x.to(dtype)
-
-
-def every_other_column(x):
-    """The same values, every second element of a wider tensor."""
-    return x.repeat_interleave(2, dim=-1)[..., ::2]
-
-
-def heads_last(x):
-    """[B, S, H, D] as a view of [B, S, D, H]."""
-    return x.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def columns(count):
-    return lambda table: torch.ones(table.shape[0], count, device=table.device)
-
-
-HUGE = 1 << 31
 
 # Name of the call: what differs from a good one, and the message.
 BAD_CALLS = {
@@ -236,33 +215,6 @@ def backward_arguments(device):
     values = arguments(device)
     out, softmax_lse = chunkattn.dca(**values, return_lse=True)
     return values | {"dout": torch.ones_like(out), "out": out, "softmax_lse": softmax_lse}
-
-
-BAD_BACKWARD_CALLS = {
-    "dout has another shape": ({"dout": lambda x: x[:, 1:]}, r"dout must have the shape of q, .* got \[2, 19, 4, 16\]"),
-    "dout has 3 dimensions": ({"dout": lambda x: x[0]}, r"dout must have 4 dimensions .* got shape \[20, 4, 16\]"),
-    "dout is float32": ({"dout": to(torch.float32)}, "dout must have the dtype of q, bfloat16, got float32"),
-    "dout is strided": ({"dout": every_other_column}, "dout must be contiguous in its last dimension, got stride 2"),
-    "dout is expanded": ({"dout": lambda x: x.new_ones(()).expand(x.shape)}, "dout must be contiguous .* got stride 0"),
-    "dout is of another device": ({"dout": to("meta")}, "dout must be on the device of q, .*, got meta"),
-    "out has other heads": ({"out": lambda x: x[:, :, 1:]}, r"out must have the shape of q, .* got \[2, 20, 3, 16\]"),
-    "out is float16": ({"out": to(torch.float16)}, "out must have the dtype of q, bfloat16, got float16"),
-    "out is strided": ({"out": heads_last}, "out must be contiguous in its last dimension, got stride 4"),
-    "softmax_lse is float64": ({"softmax_lse": to(torch.float64)}, "softmax_lse must be float32, got float64"),
-    "softmax_lse is transposed": (
-        {"softmax_lse": lambda x: x.transpose(1, 2)},
-        r"softmax_lse must have shape \[2, 4, 20\], got \[2, 20, 4\]",
-    ),
-    "softmax_lse is strided": (
-        {"softmax_lse": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)},
-        "softmax_lse must be contiguous",
-    ),
-    "softmax_lse has 2 dimensions": ({"softmax_lse": lambda x: x[0]}, "softmax_lse must have 3 dimensions"),
-    "q is int64": ({"q": to(torch.int64)}, "q must be .*float16.* got Long"),
-    "k has another batch size": ({"k": lambda x: x[:1]}, "k must have the batch size of q, 2, got 1"),
-    "local_size is chunk_size": ({"local_size": 12}, "local_size must lie in 1 .. chunk_size - 1, got 12"),
-    "cos lacks the last row": ({"cos": lambda x: x[:-1]}, r"cos must have at least chunk_size \+ 1 = 13 rows"),
-}
 
 
 @pytest.mark.parametrize("name", BAD_BACKWARD_CALLS)
@@ -893,12 +845,3 @@ def test_devices_without_kernels_are_refused(name):
         message = f"q is on cuda:0, but this build of chunkattn has kernels of {name} for the CPU only"
         with pytest.raises(NotImplementedError, match=message):
             getattr(chunkattn, name)(*arguments, **options)
-
-
-def test_select_merge_without_its_backward_is_refused_before_it_runs():
-    if torch._C._dispatch_has_kernel_for_dispatch_key("chunkattn::select_merge_backward", "CUDA"):
-        pytest.skip("this build has the backward for CUDA")
-    with FakeTensorMode():
-        arguments, options = smallest_call("select_merge", torch.device("cuda"))
-        with pytest.raises(NotImplementedError, match=r"kernels of select_merge(_backward)? for the CPU only"):
-            chunkattn.select_merge(*(x.requires_grad_() for x in arguments), **options)

@@ -76,6 +76,10 @@ std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cpu(Tensor dout, Tensor
                                                              Tensor softmax_lse, Tensor indices, int64_t region_size,
                                                              int64_t merge, std::optional<double> scale,
                                                              bool deterministic);
+std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                              Tensor softmax_lse, Tensor indices, int64_t region_size,
+                                                              int64_t merge, std::optional<double> scale,
+                                                              bool deterministic);
 
 // Append the tokens to the cache, then attend. Return out [batch, seqlen, heads, head_dim] and softmax_lse [batch,
 // heads, seqlen], or write to the given out and return softmax_lse; or only append.

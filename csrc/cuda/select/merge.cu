@@ -14,25 +14,25 @@ __global__ void __launch_bounds__(kSortThreads) sort_lists_kernel(const __grid_c
   extern __shared__ uint64_t sort_memory[];
   const int team = threadIdx.x / kTeam;
   const int row = blockIdx.x * (kSortThreads / kTeam) + team;
-  const int row_end = pass.rule.row_end(row);
+  const int row_end = pass.row_end(blockIdx.y, row);
   if (row_end == 0) return;
-  const int top_k = pass.rule.top_k;
-  uint64_t* list = pass.workspace.lists + (static_cast<int64_t>(blockIdx.y) * pass.rule.regions + row) * top_k;
-  uint64_t* entries = kInShared ? sort_memory + team * top_k : list;
+  const int listed = pass.listed;
+  uint64_t* list = pass.workspace.lists + (static_cast<int64_t>(blockIdx.y) * pass.rule.regions + row) * listed;
+  uint64_t* entries = kInShared ? sort_memory + team * listed : list;
   if constexpr (kInShared) {
-    for (int i = threadIdx.x % kTeam; i < top_k; i += kTeam) entries[i] = list[i];
+    for (int i = threadIdx.x % kTeam; i < listed; i += kTeam) entries[i] = list[i];
     sync_team<kTeam>();
   }
-  sort_by_team<kTeam>(entries, top_k, [](uint64_t a, uint64_t b) { return a > b; });
-  complete_list<kTeam>(entries, row_end < top_k ? row_end : top_k);
+  sort_by_team<kTeam>(entries, listed, [](uint64_t a, uint64_t b) { return a > b; });
+  complete_list<kTeam>(entries, row_end < listed ? row_end : listed);
   sync_team<kTeam>();
   int* ids = reinterpret_cast<int*>(list);
-  for (int first = 0; first < top_k; first += kTeam) {
+  for (int first = 0; first < listed; first += kTeam) {
     const int i = first + threadIdx.x % kTeam;
-    const int id = i < top_k ? listed_region(entries[i]) : 0;
+    const int id = i < listed ? listed_region(entries[i]) : 0;
     // Ids are written over entries that come before theirs, or with them, and that others read.
     if constexpr (!kInShared) sync_team<kTeam>();
-    if (i < top_k) ids[i] = id;
+    if (i < listed) ids[i] = id;
   }
 }
 
@@ -55,14 +55,17 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
       for (int i = threadIdx.x; i < top_k; i += kMergeThreads) indices[i] = i < all ? i : -1;
       continue;
     }
+    if (!pass.to_merge(plane, group)) continue;
     const RegionTable table{memory, memory + slots, slots};
     int* kept = memory + 2 * slots;
     table.clear();
     __syncthreads();
     const int64_t first_row = static_cast<int64_t>(plane) * pass.rule.regions + pass.rule.first_voter(group);
-    const int count =
-        walk_lists(pass.workspace.lists + first_row * top_k, pass.rule.voter_count(group), top_k, table, kept);
+    const RowLists lists{pass.workspace.lists + first_row * pass.listed, pass.rule.voter_count(group), pass.listed};
+    const int count = walk_lists(lists, top_k, table, kept);
+    if (threadIdx.x == 0) pass.workspace.unmerged[work] = count < 0 ? 1 : 0;
     __syncthreads();
+    if (count < 0) continue;
     sort_by_team<kMergeThreads>(kept, count, [](int a, int b) { return a < b; });
     for (int i = threadIdx.x; i < top_k; i += kMergeThreads) indices[i] = i < count ? kept[i] : -1;
     __syncthreads();
@@ -73,10 +76,10 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
 
 const char* launch_sort_lists(const SelectPass& pass, cudaStream_t stream) {
   constexpr int kLargestOfWarp = 512;
-  const int top_k = pass.rule.top_k;
-  const bool by_warp = top_k <= kLargestOfWarp, in_shared = top_k <= kLargestTopKInShared;
+  const int listed = pass.listed;
+  const bool by_warp = listed <= kLargestOfWarp, in_shared = listed <= kLargestTopKInShared;
   const int rows_per_block = by_warp ? kSortThreads / 32 : 1;
-  const size_t shared_bytes = in_shared ? static_cast<size_t>(rows_per_block) * top_k * sizeof(uint64_t) : 0;
+  const size_t shared_bytes = in_shared ? static_cast<size_t>(rows_per_block) * listed * sizeof(uint64_t) : 0;
   const dim3 grid((pass.rule.regions + rows_per_block - 1) / rows_per_block, pass.planes);
   const auto kernel = by_warp     ? &sort_lists_kernel<32, true>
                       : in_shared ? &sort_lists_kernel<kSortThreads, true>

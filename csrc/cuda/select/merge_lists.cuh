@@ -105,27 +105,34 @@ __device__ __forceinline__ int place_among(bool chosen, int* warp_counts, int* p
   return all;
 }
 
-// The rows' lists of ids, each of which lies in the room of top_k entries, are walked rank by rank, and within a rank
-// in steps of kMergeThreads rows. Writes the regions that are seen first, at most top_k, and returns how many there
-// are. Other blocks may have written the lists just now.
-__device__ __forceinline__ int walk_lists(const uint64_t* lists, int voters, int top_k, const RegionTable& table,
-                                          int* kept) {
+// The lists of the rows that vote for a group: ids, each row's in the room of as many entries.
+struct RowLists {
+  const uint64_t* lists;
+  int rows;
+  int ranks;
+};
+
+// The rows' lists of ids are walked rank by rank, and within a rank in steps of kMergeThreads rows. Writes the regions
+// that are seen first, at most top_k, and returns how many there are; -1 where the lists are too short to tell.
+__device__ __forceinline__ int walk_lists(const RowLists& lists, int top_k, const RegionTable& table, int* kept) {
   __shared__ int warp_counts[kMergeThreads / 32];
+  const int ranks = lists.ranks;
   const auto load = [&](int rank, int step) {
     const int row = step * kMergeThreads + threadIdx.x;
-    if (row >= voters || rank >= top_k) return RegionTable::kNone;
-    return __ldcg(reinterpret_cast<const int*>(lists + static_cast<int64_t>(row) * top_k) + rank);
+    if (row >= lists.rows || rank >= ranks) return RegionTable::kNone;
+    // Other blocks may have written it just now.
+    return __ldcg(reinterpret_cast<const int*>(lists.lists + static_cast<int64_t>(row) * ranks) + rank);
   };
-  const int steps = (voters + kMergeThreads - 1) / kMergeThreads;
+  const int steps = (lists.rows + kMergeThreads - 1) / kMergeThreads;
   int count = 0, rank = 0, step = 0;
-  bool listed = false;  // by any row at this rank
+  bool occupied = false;  // by any row, this rank
   int next = load(0, 0);
-  while (rank < top_k && count < top_k) {
+  while (rank < ranks && count < top_k) {
     const int region = next;
     const bool last = step + 1 == steps;
     next = last ? load(rank + 1, 0) : load(rank, step + 1);
     const int slot = region == RegionTable::kNone ? -1 : table.find(region);
-    listed |= __syncthreads_or(slot >= 0) != 0;
+    occupied |= __syncthreads_or(slot >= 0) != 0;
     const bool first_seen = slot >= 0 && table.finders[slot] == static_cast<int>(threadIdx.x);
     int place;
     const int found = place_among(first_seen, warp_counts, &place);
@@ -135,14 +142,14 @@ __device__ __forceinline__ int walk_lists(const uint64_t* lists, int voters, int
     }
     count = count + found < top_k ? count + found : top_k;
     if (last) {
-      if (!listed) break;
-      listed = false;
+      if (!occupied) break;
+      occupied = false;
       ++rank;
     }
     step = last ? 0 : step + 1;
     __syncthreads();  // the table says what is kept
   }
-  return count;
+  return count < top_k && rank == ranks && ranks < top_k ? -1 : count;
 }
 
 }  // namespace chunkattn::cuda

@@ -132,7 +132,7 @@ struct PlaneChoice {
     int* kept = memory + 2 * slots;
     table.clear();
     __syncthreads();
-    const int count = walk_lists(list(0, 0), step.plan.voters, top_k, table, kept);
+    const int count = walk_lists({list(0, 0), step.plan.voters, top_k}, top_k, table, kept);
     __syncthreads();
     sort_by_team<kThreads>(kept, count, [](int a, int b) { return a < b; });
     for (int i = threadIdx.x; i < top_k; i += kThreads) indices()[i] = i < count ? kept[i] : -1;

@@ -23,8 +23,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int rows_of_tile(int score_dim) {
   switch (score_dim) {
-    case 64:
-      return CacheScoreTile<64>::kRows;
     case 128:
       return CacheScoreTile<128>::kRows;
     default:
@@ -37,10 +35,10 @@ void plan_selection(const SelectMergeDecodeParams& params, int multiprocessors, 
                  (params.attends || !params.each_token_chooses);
   plan.voters = params.each_token_chooses ? 1 : params.voters;
   if (!plan.chooses || plan.planes == 0) return;
-  plan.candidates_per_row = candidates_per_row(params.top_k);
+  plan.candidates_per_row = std::max(candidates_per_row(params.top_k), kMostInRegisters);
   // Long lists, which are rare, are not worth kernels of their own for every size.
-  const bool long_lists = plan.candidates_per_row > kRegisterCandidates;
-  plan.score_dim = params.head_dim > 128 || long_lists ? 256 : params.head_dim > 64 ? 128 : 64;
+  const bool long_lists = plan.candidates_per_row > kMostInRegisters;
+  plan.score_dim = params.head_dim > 128 || long_lists ? 256 : 128;
   plan.row_tiles = static_cast<int>(ceil_div(plan.voters, rows_of_tile(plan.score_dim)));
   plan.lists_in_shared = params.top_k <= kLargestTopKInShared;
   const int64_t tiles = static_cast<int64_t>(plan.planes) * plan.row_tiles;

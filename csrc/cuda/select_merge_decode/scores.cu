@@ -36,7 +36,7 @@ __device__ __forceinline__ void load_sums(const float* row, int begin, int head_
   for (int i = 0; i < kChunk; ++i) x[i] = begin + i < head_dim ? row[begin + i] : 0.f;
 }
 
-template <int kHeadDim, bool kInRegisters>
+template <int kHeadDim, int kInRegisters>
 struct CacheScores {
   static constexpr int kTileM = CacheScoreTile<kHeadDim>::kRows;
   static constexpr int kTileN = CacheScoreTile<kHeadDim>::kColumns;
@@ -182,33 +182,27 @@ struct CacheScores {
     uint64_t* warp_lists = lists + static_cast<int64_t>(warp_begin) * step.params.top_k;
     rows.restart();
     load_queries();
-    Sums sums = {};
+    Sums sums;
     if (begin_tile < end_tile) load_keys(end_tile - 1, sums);
-    // A split without tiles has lists, too.
 #pragma unroll 1
-    for (int tile = end_tile - 1;; --tile) {
-      __syncthreads();  // every warp has finished with the tile before
+    for (int tile = end_tile - 1; tile >= begin_tile; --tile) {
+      // Every warp has finished with the tile before. Where one has no room for another, all that soon have none make
+      // it.
+      if (__syncthreads_or(rows.template full<kTileN>()) && warp_votes()) rows.template reduce<kTileN>();
       store_keys(sums);
       __syncthreads();  // the tile is there, and so are the queries
-      const bool last = tile <= begin_tile;
-      if (!last) load_keys(tile - 1, sums);
-      if (warp_votes()) {
-        if (tile >= begin_tile) {
-          Scores scores;
-          multiply(scores);
-          if ((tile + 1) * kTileN > whole_end) hide(scores, tile, end);
-          rows.append(scores[0], tile * kTileN + threadIdx.x % 4 * 2);
-        }
-        if (last || rows.template full<kTileN>()) {
-          rows.template reduce<kTileN>(last ? warp_lists : nullptr, voters - warp_begin);
-        }
-      }
-      if (last) break;
+      if (tile > begin_tile) load_keys(tile - 1, sums);
+      if (!warp_votes()) continue;
+      Scores scores;
+      multiply(scores);
+      if ((tile + 1) * kTileN > whole_end) hide(scores, tile, end);
+      rows.append(scores[0], tile * kTileN + threadIdx.x % 4 * 2);
     }
+    if (warp_votes()) rows.finish(warp_lists, voters - warp_begin);
   }
 };
 
-template <int kHeadDim, bool kInRegisters>
+template <int kHeadDim, int kInRegisters>
 __global__ void __launch_bounds__(CacheScores<kHeadDim, kInRegisters>::kThreads)
     cache_scores_kernel(const __grid_constant__ SpanStep step) {
   using Kernel = CacheScores<kHeadDim, kInRegisters>;
@@ -244,7 +238,7 @@ __global__ void __launch_bounds__(CacheScores<kHeadDim, kInRegisters>::kThreads)
   }
 }
 
-template <int kHeadDim, bool kInRegisters>
+template <int kHeadDim, int kInRegisters>
 const char* launch(const SpanStep& step, cudaStream_t stream) {
   using Kernel = CacheScores<kHeadDim, kInRegisters>;
   const auto kernel = &cache_scores_kernel<kHeadDim, kInRegisters>;
@@ -260,13 +254,11 @@ const char* launch(const SpanStep& step, cudaStream_t stream) {
 
 const char* launch_cache_scores(const SpanStep& step, cudaStream_t stream) {
   switch (step.plan.score_dim) {
-    case 64:
-      return launch<64, true>(step, stream);
     case 128:
-      return launch<128, true>(step, stream);
+      return launch<128, kMostInRegisters>(step, stream);
     default:
-      return step.plan.candidates_per_row == kRegisterCandidates ? launch<256, true>(step, stream)
-                                                                 : launch<256, false>(step, stream);
+      return step.plan.candidates_per_row == kMostInRegisters ? launch<256, kMostInRegisters>(step, stream)
+                                                              : launch<256, 0>(step, stream);
   }
 }
 
