@@ -23,6 +23,9 @@ void select_merge_backward(const SelectMergeBackwardParams& params, ParallelFor 
 // Appends the new keys and values to the cache, then attends.
 void dca_decode(const DecodeParams& params, ParallelFor parallel_for);
 
+// Appends the tokens to the cache, then attends.
+void select_merge_decode(const SelectMergeDecodeParams& params, ParallelFor parallel_for);
+
 }  // namespace cpu
 
 namespace cuda {
@@ -63,6 +66,14 @@ SelectMergeBackwardWorkspace select_merge_backward_workspace(const SelectMergeBa
 
 const char* select_merge_backward(const SelectMergeBackwardParams& params,
                                   const SelectMergeBackwardWorkspace& workspace, void* stream);
+
+// The workspace of select_merge_decode, in bytes; it starts on a multiple of 256 bytes and holds nothing yet. The size
+// depends on shapes and the device alone.
+const char* select_merge_decode_workspace(const SelectMergeDecodeParams& params, size_t* bytes);
+
+// Appends the tokens to the cache, then attends. Lengths, lists and block table are read on the device: a graph that
+// captured the call may be replayed as sequences grow.
+const char* select_merge_decode(const SelectMergeDecodeParams& params, void* workspace, void* stream);
 
 // For tests and benchmarks: makes every later call take this kernel ("auto", "portable" or "hopper").
 const char* force_kernel(const char* name);

@@ -174,6 +174,13 @@ struct RegionLists {
   int index_heads;     // kv_heads or heads
   int capacity;
   RegionGeometry geometry;
+  int first_group;  // whose lists come first: 0, but in a cache, which has the lists of one group alone
+  int groups;
+
+  CHUNKATTN_HOST_DEVICE const int* list(int batch, int index_head, int group) const {
+    const int64_t plane = static_cast<int64_t>(batch) * index_heads + index_head;
+    return indices + (plane * groups + group - first_group) * capacity;
+  }
 };
 
 // Attention to lists of regions and causally within each group. Rows are taken as they are: nothing is rotated.
@@ -270,6 +277,60 @@ struct DecodeParams {
   const float* temperature;  // [batch], multiplies scale; null means 1
   bool q_rotated;            // queries arrive rotated at row position % stride
   int num_splits;            // parts in which each sequence's keys are attended at once; 0: the kernel chooses
+};
+
+// A step of decoding, or a part of a prompt, with select-and-merge attention: tokens are appended to sequences, and
+// attend to the regions chosen for their groups and causally to their groups. Rows are taken as they are: nothing is
+// rotated. Sums are float32, or float64 where the dtype is.
+struct SelectMergeDecodeParams {
+  const void* q;         // [batch, seqlen, heads, head_dim]
+  const void* k;         // [batch, seqlen, kv_heads, head_dim]
+  const void* v;         // as k
+  const void* select_q;  // as q: the rows that choose, q or others
+  const void* select_k;  // as k: the rows by which is chosen
+  void* out;             // as q
+  float* softmax_lse;    // [batch, heads, seqlen], contiguous, natural logarithm
+  Strides q_strides;
+  Strides k_strides;
+  Strides v_strides;
+  Strides select_q_strides;
+  Strides select_k_strides;
+  Strides out_strides;
+  int batch;
+  int seqlen;
+  int heads;
+  int kv_heads;
+  int head_dim;
+  DataType dtype;          // of q, k, v, the rows selected on and out
+  const int* new_seqlens;  // [batch], on the device of q: the tokens that a sequence has, its first ones; null: seqlen
+  KeyValueCache cache;     // its capacity may be less than its pages have room for
+  int* seqlens;            // cache.cache_seqlens, to which the tokens are added at the end
+  void* region_sums;       // [batch, kv_heads, regions, head_dim], contiguous: over the tokens of a region that exist
+  int regions;             // as many as the capacity has
+  void* query_sums;        // [batch, index_heads, voters, head_dim], contiguous: of the current group's regions
+  int voters;              // regions of a group, at most all; unused with each_token_chooses
+  int* indices;            // [batch, index_heads, top_k], contiguous: of the current group, ascending, then -1
+  int top_k;
+  int index_heads;  // kv_heads or heads
+  RegionGeometry geometry;
+  Eligibility eligibility;
+  bool each_token_chooses;  // for itself; else the group before chooses when a group's first token arrives
+  bool attends;             // else the tokens are only appended
+  double scale;             // of the logits
+
+  // What is appended to a sequence that has `stored` tokens ends before this position. The kernels stay inside the
+  // cache whatever the lengths are: on a GPU nobody has checked them.
+  CHUNKATTN_HOST_DEVICE int end_of(int stored, int batch) const {
+    const int wanted = new_seqlens == nullptr ? seqlen : new_seqlens[batch];
+    const int count = wanted < 0 ? 0 : wanted < seqlen ? wanted : seqlen;
+    return count < cache.capacity - stored ? stored + count : cache.capacity;
+  }
+  CHUNKATTN_HOST_DEVICE int stored(int batch) const {
+    const int length = seqlens[batch];
+    return length < 0 ? 0 : length < cache.capacity ? length : cache.capacity;
+  }
+
+  CHUNKATTN_HOST_DEVICE TokenSpans spans() const { return {geometry, each_token_chooses && attends}; }
 };
 
 // What the CUDA decode kernels use beside DecodeParams: what thread blocks found of sequences that several attend to.

@@ -49,4 +49,40 @@ struct RegionGeometry {
   }
 };
 
+// Neighbouring tokens of a sequence, [begin, end), that attend to the same list of regions.
+struct TokenSpan {
+  int begin;
+  int end;
+
+  CHUNKATTN_HOST_DEVICE int count() const { return end - begin; }
+};
+
+// Cuts the tokens that a step appends into spans: the parts of each group, or every token by itself.
+struct TokenSpans {
+  RegionGeometry geometry;
+  bool single_tokens;
+
+  // How many spans a step of so many tokens has at most, wherever it begins.
+  CHUNKATTN_HOST_DEVICE int most(int tokens) const {
+    if (single_tokens || tokens == 0) return tokens;
+    return static_cast<int>(RegionGeometry::ceil_div(tokens - 1, geometry.group_tokens())) + 1;
+  }
+
+  // How many tokens a span of such a step has at most.
+  CHUNKATTN_HOST_DEVICE int longest(int tokens) const {
+    if (single_tokens) return tokens < 1 ? tokens : 1;
+    return tokens < geometry.group_tokens() ? tokens : static_cast<int>(geometry.group_tokens());
+  }
+
+  // Span `index` of the tokens at [begin, end); empty behind the last.
+  CHUNKATTN_HOST_DEVICE TokenSpan span(int begin, int end, int index) const {
+    const int64_t size = single_tokens ? 1 : geometry.group_tokens();
+    const int64_t first = single_tokens ? begin : begin / size * size;
+    const int64_t from = first + index * size;
+    const int64_t to = from + size;
+    if (from >= end) return {end, end};
+    return {from < begin ? begin : static_cast<int>(from), to < end ? static_cast<int>(to) : end};
+  }
+};
+
 }  // namespace chunkattn

@@ -86,26 +86,23 @@ Params attention_params(const Arguments& arguments, const Tensor& out, const Ten
   return params;
 }
 
-KeyValueCache key_value_cache(const DecodeArguments& arguments) {
-  const Tensor& k = arguments.k_cache;
+KeyValueCache key_value_cache(const Tensor& k, const Tensor& v, const std::optional<Tensor>& block_table,
+                              const Tensor& seqlens) {
   KeyValueCache cache{};
   cache.k = k.mutable_data_ptr();
-  cache.v = arguments.v_cache.mutable_data_ptr();
+  cache.v = v.mutable_data_ptr();
   cache.k_strides = strides_of(k);
-  cache.v_strides = strides_of(arguments.v_cache);
-  cache.float8 = k.scalar_type() == ScalarType::Float8_e4m3fn;
-  cache.k_scale = data_of<float>(arguments.k_scale);
-  cache.v_scale = data_of<float>(arguments.v_scale);
-  cache.block_table = data_of<int>(arguments.block_table);
+  cache.v_strides = strides_of(v);
+  cache.block_table = data_of<int>(block_table);
   cache.num_pages = static_cast<int>(k.size(0));
   cache.page_size = static_cast<int>(k.size(1));
   int64_t capacity = k.size(1);
-  if (arguments.block_table) {
-    cache.block_table_stride = arguments.block_table->stride(0);
-    capacity *= arguments.block_table->size(1);
+  if (block_table) {
+    cache.block_table_stride = block_table->stride(0);
+    capacity *= block_table->size(1);
   }
   cache.capacity = static_cast<int>(std::min<int64_t>(capacity, std::numeric_limits<int>::max()));
-  cache.cache_seqlens = static_cast<const int*>(arguments.cache_seqlens.const_data_ptr());
+  cache.cache_seqlens = static_cast<const int*>(seqlens.const_data_ptr());
   return cache;
 }
 
@@ -155,7 +152,10 @@ DecodeParams decode_params(const DecodeArguments& arguments, const Tensor& out, 
   params.kv_heads = static_cast<int>(arguments.k_cache.size(2));
   params.head_dim = static_cast<int>(q.size(3));
   params.dtype = data_type(q.scalar_type());
-  params.cache = key_value_cache(arguments);
+  params.cache = key_value_cache(arguments.k_cache, arguments.v_cache, arguments.block_table, arguments.cache_seqlens);
+  params.cache.float8 = arguments.k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
+  params.cache.k_scale = data_of<float>(arguments.k_scale);
+  params.cache.v_scale = data_of<float>(arguments.v_scale);
   params.geometry = chunk_geometry(arguments.chunk_size, arguments.local_size);
   params.rotary = rotary_table(arguments.cos, arguments.sin, arguments.interleaved);
   params.scale = logit_scale(arguments.scale, q);
@@ -194,6 +194,50 @@ SelectMergeParams select_merge_params(const SelectMergeArguments& arguments, con
   params.regions.index_heads = static_cast<int>(arguments.indices.size(1));
   params.regions.capacity = static_cast<int>(arguments.indices.size(3));
   params.regions.geometry = region_geometry(arguments.region_size, arguments.merge);
+  params.regions.groups = static_cast<int>(arguments.indices.size(2));
+  return params;
+}
+
+SelectMergeDecodeParams select_merge_decode_params(const SelectMergeDecodeArguments& arguments, const Tensor* out,
+                                                   const Tensor* softmax_lse) {
+  SelectMergeDecodeParams params{};
+  const auto set = [](const void*& data, Strides& strides, const Tensor& tensor) {
+    data = tensor.const_data_ptr();
+    strides = strides_of(tensor);
+  };
+  set(params.q, params.q_strides, arguments.q);
+  set(params.k, params.k_strides, arguments.k);
+  set(params.v, params.v_strides, arguments.v);
+  set(params.select_q, params.select_q_strides, arguments.select_q.value_or(arguments.q));
+  set(params.select_k, params.select_k_strides, arguments.select_k.value_or(arguments.k));
+  if (out != nullptr) {
+    params.attends = true;
+    params.out = out->mutable_data_ptr();
+    params.out_strides = strides_of(*out);
+    params.softmax_lse = static_cast<float*>(softmax_lse->mutable_data_ptr());
+  }
+  const AttentionShape shape = shape_of(arguments.q, arguments.k);
+  params.batch = shape.batch;
+  params.seqlen = shape.seqlen_q;
+  params.heads = shape.heads;
+  params.kv_heads = shape.kv_heads;
+  params.head_dim = shape.head_dim;
+  params.dtype = data_type(arguments.q.scalar_type());
+  params.new_seqlens = data_of<int>(arguments.new_seqlens);
+  params.cache = key_value_cache(arguments.k_cache, arguments.v_cache, arguments.block_table, arguments.seqlens);
+  params.cache.capacity = static_cast<int>(arguments.capacity);
+  params.seqlens = static_cast<int*>(arguments.seqlens.mutable_data_ptr());
+  params.region_sums = arguments.region_sums.mutable_data_ptr();
+  params.regions = static_cast<int>(arguments.region_sums.size(2));
+  params.query_sums = arguments.query_sums.mutable_data_ptr();
+  params.voters = static_cast<int>(arguments.query_sums.size(2));
+  params.indices = static_cast<int*>(arguments.indices.mutable_data_ptr());
+  params.top_k = static_cast<int>(arguments.indices.size(2));
+  params.index_heads = static_cast<int>(arguments.indices.size(1));
+  params.geometry = region_geometry(arguments.region_size, arguments.merge);
+  params.eligibility = arguments.eligibility == "row" ? Eligibility::kRow : Eligibility::kGroup;
+  params.each_token_chooses = arguments.selection == "query";
+  params.scale = logit_scale(arguments.scale, arguments.q);
   return params;
 }
 

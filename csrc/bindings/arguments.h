@@ -78,6 +78,28 @@ struct SelectMergeArguments {
   std::optional<double> scale;  // absent: 1 / sqrt(head_dim)
 };
 
+struct SelectMergeDecodeArguments {
+  Tensor q;            // [batch, seqlen, heads, head_dim]
+  Tensor k;            // [batch, seqlen, kv_heads, head_dim]
+  Tensor v;            // the same shape
+  Tensor k_cache;      // [batch, rows, kv_heads, head_dim], or pages [num_pages, page_size, kv_heads, head_dim]
+  Tensor v_cache;      // the same shape
+  Tensor region_sums;  // float32 or float64 [batch, kv_heads, regions, head_dim]
+  Tensor query_sums;   // the same dtype [batch, kv_heads or heads, voters, head_dim]
+  Tensor indices;      // int32 [batch, kv_heads or heads, top_k]
+  Tensor seqlens;      // int32 [batch]
+  int64_t capacity;
+  int64_t region_size;
+  int64_t merge;
+  std::string eligibility;            // "group", "row"
+  std::string selection;              // "causal", "query"
+  std::optional<Tensor> block_table;  // int32 [batch, pages of a sequence]
+  std::optional<Tensor> select_q;     // as q, absent: q
+  std::optional<Tensor> select_k;     // as k, absent: k
+  std::optional<Tensor> new_seqlens;  // int32 [batch], absent: all are seqlen
+  std::optional<double> scale;        // absent: 1 / sqrt(head_dim)
+};
+
 inline int64_t heads_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 2); }
 inline int64_t head_dim_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
 
@@ -93,6 +115,10 @@ DecodeParams decode_params(const DecodeArguments& arguments, const Tensor& out, 
 SelectParams select_params(const SelectArguments& arguments, const Tensor& indices);
 SelectMergeParams select_merge_params(const SelectMergeArguments& arguments, const Tensor& out,
                                       const Tensor& softmax_lse);
+
+// Without `out` and `softmax_lse` nothing is attended.
+SelectMergeDecodeParams select_merge_decode_params(const SelectMergeDecodeArguments& arguments, const Tensor* out,
+                                                   const Tensor* softmax_lse);
 
 RegionGeometry region_geometry(int64_t region_size, int64_t merge);
 

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -242,30 +243,63 @@ void check_offsets(const char* name, const int* offsets, int batch, int total, c
   check(offsets[batch] == total, name, " must end with the rows of ", tensor, ", ", total, ", got ", offsets[batch]);
 }
 
-void check_cache(const DecodeArguments& arguments) {
-  const Tensor& q = arguments.q;
-  const Tensor& k_cache = arguments.k_cache;
+void check_out(const Tensor& out, const Tensor& q) {
+  check_rank("out", out, 4, "[batch, seqlen_q, heads, head_dim]");
+  check_device("out", out, q);
+  check_dtype_of_q("out", out, q);
+  check(same_shape(out, q), "out must have the shape of q, ", shape_of(q), ", got ", shape_of(out));
+  check_last_dim("out", out);
+}
+
+// The tensors of a cache that say where its rows lie.
+void check_block_table(const std::optional<Tensor>& block_table, const Tensor& k_cache, const Tensor& q) {
+  if (!block_table) return check_batch("k_cache", k_cache, q);
+  check_rank("block_table", *block_table, 2, "[batch, pages of a sequence]");
+  check_int32("block_table", *block_table, q);
+  check_batch("block_table", *block_table, q);
+  check_last_dim("block_table", *block_table);
+  check(k_cache.size(1) > 0, "k_cache must have pages of at least 1 token, got shape ", shape_of(k_cache));
+}
+
+// int32 [batch]
+void check_lengths(const char* name, const Tensor& lengths, const Tensor& q) {
+  check_rank(name, lengths, 1, "[batch]");
+  check_int32(name, lengths, q);
+  check_batch(name, lengths, q);
+  check_last_dim(name, lengths);
+}
+
+bool is_float8(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float8_e4m3fn; }
+
+void check_cache_rows(const Tensor& k_cache, const Tensor& v_cache, const Tensor& q, bool paged, bool takes_float8) {
   const char* const dimensions =
-      arguments.block_table ? "[num_pages, page_size, kv_heads, head_dim]" : "[batch, capacity, kv_heads, head_dim]";
+      paged ? "[num_pages, page_size, kv_heads, head_dim]" : "[batch, capacity, kv_heads, head_dim]";
   check_rank("k_cache", k_cache, 4, dimensions);
-  check_rank("v_cache", arguments.v_cache, 4, dimensions);
+  check_rank("v_cache", v_cache, 4, dimensions);
   check_device("k_cache", k_cache, q);
-  check_device("v_cache", arguments.v_cache, q);
-  const bool float8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
-  check(float8 || k_cache.scalar_type() == q.scalar_type(), "k_cache must have the dtype of q, ", dtype_of(q),
-        ", or be float8_e4m3fn, got ", dtype_of(k_cache));
-  check(!float8 || q.scalar_type() != ScalarType::Double,
-        "q must be float32, bfloat16 or float16 with a float8_e4m3fn cache, got float64");
-  check(arguments.v_cache.scalar_type() == k_cache.scalar_type(), "v_cache must have the dtype of k_cache, ",
-        dtype_of(k_cache), ", got ", dtype_of(arguments.v_cache));
+  check_device("v_cache", v_cache, q);
+  check(k_cache.scalar_type() == q.scalar_type() || (takes_float8 && is_float8(k_cache)),
+        "k_cache must have the dtype of q, ", dtype_of(q), takes_float8 ? ", or be float8_e4m3fn, got " : ", got ",
+        dtype_of(k_cache));
+  check(v_cache.scalar_type() == k_cache.scalar_type(), "v_cache must have the dtype of k_cache, ", dtype_of(k_cache),
+        ", got ", dtype_of(v_cache));
   check(k_cache.size(3) == q.size(3), "k_cache must have the head dimension of q, ", q.size(3), ", got ",
         k_cache.size(3));
-  check(same_shape(arguments.v_cache, k_cache), "v_cache must have the shape of k_cache, ", shape_of(k_cache), ", got ",
-        shape_of(arguments.v_cache));
+  check(same_shape(v_cache, k_cache), "v_cache must have the shape of k_cache, ", shape_of(k_cache), ", got ",
+        shape_of(v_cache));
   check_heads(q, "k_cache", k_cache.size(2));
   check_sizes("k_cache", k_cache);
   check_last_dim("k_cache", k_cache);
-  check_last_dim("v_cache", arguments.v_cache);
+  check_last_dim("v_cache", v_cache);
+}
+
+void check_cache(const DecodeArguments& arguments) {
+  const Tensor& q = arguments.q;
+  const Tensor& k_cache = arguments.k_cache;
+  check_cache_rows(k_cache, arguments.v_cache, q, arguments.block_table.has_value(), true);
+  const bool float8 = is_float8(k_cache);
+  check(!float8 || q.scalar_type() != ScalarType::Double,
+        "q must be float32, bfloat16 or float16 with a float8_e4m3fn cache, got float64");
   const std::pair<const char*, const std::optional<Tensor>&> scales[] = {{"k_scale", arguments.k_scale},
                                                                          {"v_scale", arguments.v_scale}};
   for (const auto& [name, factors] : scales) {
@@ -279,22 +313,6 @@ void check_cache(const DecodeArguments& arguments) {
           factors->size(0));
     check_last_dim(name, *factors);
   }
-}
-
-void check_pages(const DecodeArguments& arguments) {
-  const Tensor& q = arguments.q;
-  check_rank("cache_seqlens", arguments.cache_seqlens, 1, "[batch]");
-  check_int32("cache_seqlens", arguments.cache_seqlens, q);
-  check_batch("cache_seqlens", arguments.cache_seqlens, q);
-  check_last_dim("cache_seqlens", arguments.cache_seqlens);
-  if (!arguments.block_table) return check_batch("k_cache", arguments.k_cache, q);
-  const Tensor& block_table = *arguments.block_table;
-  check_rank("block_table", block_table, 2, "[batch, pages of a sequence]");
-  check_int32("block_table", block_table, q);
-  check_batch("block_table", block_table, q);
-  check_last_dim("block_table", block_table);
-  check(arguments.k_cache.size(1) > 0, "k_cache must have pages of at least 1 token, got shape ",
-        shape_of(arguments.k_cache));
 }
 
 void check_new_keys(const DecodeArguments& arguments) {
@@ -356,11 +374,9 @@ void check_regions(int64_t region_size, int64_t merge) {
   check_count("merge", merge);
 }
 
-void check_top_k_on_device(const SelectArguments& arguments) {
-  if (!arguments.q.is_cuda()) return;
-  const int64_t regions = (arguments.q.size(1) + arguments.region_size - 1) / arguments.region_size;
-  check(arguments.top_k <= cuda::kLargestTopK || arguments.top_k >= regions, "top_k must be at most ",
-        cuda::kLargestTopK, " on CUDA, or at least the number of regions, ", regions, "; got ", arguments.top_k);
+void check_top_k_on_device(int64_t top_k, int64_t regions, const Tensor& q) {
+  check(!q.is_cuda() || top_k <= cuda::kLargestTopK || top_k >= regions, "top_k must be at most ", cuda::kLargestTopK,
+        " on CUDA, or at least the number of regions, ", regions, "; got ", top_k);
 }
 
 void check_word(const char* name, const std::string& word, const char* first, const char* second) {
@@ -401,6 +417,76 @@ void check_region_ids(const Tensor& indices, const RegionGeometry& geometry) {
         geometry.first_region(group));
 }
 
+void check_selected_on(const char* name, const Tensor& rows, const char* like_name, const Tensor& like) {
+  check_rank(name, rows, 4, "[batch, seqlen, heads, head_dim]");
+  check_device(name, rows, like);
+  check_dtype_of_q(name, rows, like);
+  check(same_shape(rows, like), name, " must have the shape of ", like_name, ", ", shape_of(like), ", got ",
+        shape_of(rows));
+  check_last_dim(name, rows);
+}
+
+void check_capacity(const SelectMergeDecodeArguments& arguments) {
+  const int64_t page_size = arguments.k_cache.size(1);
+  const int64_t pages = arguments.block_table ? arguments.block_table->size(1) : 1;
+  check(!arguments.block_table || page_size % arguments.region_size == 0,
+        "k_cache must have pages of a multiple of region_size, ", arguments.region_size, ", tokens, got ", page_size);
+  check(arguments.capacity >= 0 && arguments.capacity <= kMaxSize && arguments.capacity <= page_size * pages,
+        "capacity must lie in 0 .. ", page_size * pages, ", the rows of a sequence, and below 2**31, got ",
+        arguments.capacity);
+}
+
+void check_sums(const SelectMergeDecodeArguments& arguments) {
+  const Tensor& q = arguments.q;
+  const ScalarType sums = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const std::pair<const char*, const Tensor&> tensors[] = {{"region_sums", arguments.region_sums},
+                                                           {"query_sums", arguments.query_sums}};
+  for (const auto& [name, tensor] : tensors) {
+    check_rank(name, tensor, 4, "[batch, heads, regions, head_dim]");
+    check_device(name, tensor, q);
+    check(tensor.scalar_type() == sums, name, " must be ", sums == ScalarType::Double ? "float64" : "float32",
+          " for q of ", dtype_of(q), ", got ", dtype_of(tensor));
+    check(tensor.is_contiguous(), name, " must be contiguous; call .contiguous()");
+    check_sizes(name, tensor);
+  }
+  const Tensor& indices = arguments.indices;
+  check_rank("indices", indices, 3, "[batch, kv_heads or heads, top_k]");
+  check_int32("indices", indices, q);
+  check_batch("indices", indices, q);
+  check(indices.is_contiguous(), "indices must be contiguous; call .contiguous()");
+  check_count("the last size of indices, top_k,", indices.size(2));
+  const int64_t kv_heads = arguments.k.size(2), index_heads = indices.size(1);
+  check(index_heads == kv_heads || index_heads == q.size(2), "indices must have a list for each of ", kv_heads,
+        " KV heads or ", q.size(2), " query heads, got shape ", shape_of(indices));
+  const RegionGeometry geometry = region_geometry(arguments.region_size, arguments.merge);
+  const int64_t regions = geometry.regions(static_cast<int>(arguments.capacity));
+  check_top_k_on_device(indices.size(2), regions, q);
+  const int64_t voters = arguments.selection == "query" ? 0 : std::min<int64_t>(regions, arguments.merge);
+  const auto has_shape = [&](const Tensor& tensor, int64_t heads, int64_t rows) {
+    return tensor.size(0) == q.size(0) && tensor.size(1) == heads && tensor.size(2) == rows &&
+           tensor.size(3) == q.size(3);
+  };
+  check(has_shape(arguments.region_sums, kv_heads, regions), "region_sums must have shape [", q.size(0), ", ", kv_heads,
+        ", ", regions, ", ", q.size(3), "], got ", shape_of(arguments.region_sums));
+  check(has_shape(arguments.query_sums, index_heads, voters), "query_sums must have shape [", q.size(0), ", ",
+        index_heads, ", ", voters, ", ", q.size(3), "], got ", shape_of(arguments.query_sums));
+}
+
+// A sequence of a cache that the host can read, and so many tokens more.
+void check_sequence(const char* seqlens, const KeyValueCache& cache, int batch, int64_t new_tokens) {
+  const int64_t cached = cache.cache_seqlens[batch];
+  const int64_t total = cached + new_tokens;
+  check(cached >= 0 && total <= cache.capacity, seqlens, "[", batch, "] must lie in 0 .. ", cache.capacity - new_tokens,
+        ", the capacity ", cache.capacity, " less ", new_tokens, " new tokens, got ", cached);
+  if (cache.block_table == nullptr) return;
+  const int64_t pages = (total + cache.page_size - 1) / cache.page_size;
+  for (int64_t page = 0; page < pages; ++page) {
+    const int id = cache.block_table[batch * cache.block_table_stride + page];
+    check(id >= 0 && id < cache.num_pages, "block_table[", batch, ", ", page, "] must name one of ", cache.num_pages,
+          " pages, got ", id);
+  }
+}
+
 }  // namespace
 
 void check_dca(const DcaArguments& arguments) {
@@ -438,7 +524,8 @@ void check_decode(const DecodeArguments& arguments, const Tensor* out) {
   check_sizes("q", q);
   check_last_dim("q", q);
   check_cache(arguments);
-  check_pages(arguments);
+  check_lengths("cache_seqlens", arguments.cache_seqlens, q);
+  check_block_table(arguments.block_table, arguments.k_cache, q);
   check_new_keys(arguments);
   check_chunks(arguments.chunk_size, arguments.local_size);
   check_rotary(arguments.cos, arguments.sin, q, arguments.chunk_size);
@@ -446,29 +533,12 @@ void check_decode(const DecodeArguments& arguments, const Tensor* out) {
   if (arguments.temperature) check_temperature(*arguments.temperature, q, q.size(0));
   check(arguments.num_splits >= 0 && arguments.num_splits <= kMaxSize, "num_splits must be 0 or more, got ",
         arguments.num_splits);
-  if (out == nullptr) return;
-  check_rank("out", *out, 4, "[batch, seqlen_q, heads, head_dim]");
-  check_device("out", *out, q);
-  check_dtype_of_q("out", *out, q);
-  check(same_shape(*out, q), "out must have the shape of q, ", shape_of(q), ", got ", shape_of(*out));
-  check_last_dim("out", *out);
+  if (out != nullptr) check_out(*out, q);
 }
 
 void check_cache_contents(const DecodeParams& params) {
-  const KeyValueCache& cache = params.cache;
   for (int batch = 0; batch < params.batch; ++batch) {
-    const int64_t cached = cache.cache_seqlens[batch];
-    const int64_t total = cached + params.seqlen_new;
-    check(cached >= 0 && total <= cache.capacity, "cache_seqlens[", batch, "] must lie in 0 .. ",
-          cache.capacity - int64_t{params.seqlen_new}, ", the capacity ", cache.capacity, " less ", params.seqlen_new,
-          " new tokens, got ", cached);
-    if (cache.block_table == nullptr) continue;
-    const int64_t pages = (total + cache.page_size - 1) / cache.page_size;
-    for (int64_t page = 0; page < pages; ++page) {
-      const int id = cache.block_table[batch * cache.block_table_stride + page];
-      check(id >= 0 && id < cache.num_pages, "block_table[", batch, ", ", page, "] must name one of ", cache.num_pages,
-            " pages, got ", id);
-    }
+    check_sequence("cache_seqlens", params.cache, batch, params.seqlen_new);
   }
 }
 
@@ -477,10 +547,43 @@ void check_select(const SelectArguments& arguments) {
   check_same_length(arguments.q, arguments.k);
   check_regions(arguments.region_size, arguments.merge);
   check_count("top_k", arguments.top_k);
-  check_top_k_on_device(arguments);
+  const RegionGeometry geometry = region_geometry(arguments.region_size, arguments.merge);
+  check_top_k_on_device(arguments.top_k, geometry.regions(static_cast<int>(arguments.q.size(1))), arguments.q);
   check_word("eligibility", arguments.eligibility, "group", "row");
   check_word("selection", arguments.selection, "lookahead", "causal");
   check_word("heads", arguments.heads, "kv", "q");
+}
+
+void check_select_merge_decode(const SelectMergeDecodeArguments& arguments, const Tensor* out) {
+  const Tensor& q = arguments.q;
+  const Tensor& k = arguments.k;
+  check_queries_and_keys(q, k, false);
+  check_same_length(q, k);
+  check_values(q, k, arguments.v, "[batch, seqlen, kv_heads, head_dim]");
+  if (arguments.select_q) check_selected_on("select_q", *arguments.select_q, "q", q);
+  if (arguments.select_k) check_selected_on("select_k", *arguments.select_k, "k", k);
+  check_cache_rows(arguments.k_cache, arguments.v_cache, q, arguments.block_table.has_value(), false);
+  check(arguments.k_cache.size(2) == k.size(2), "k must have the heads of k_cache, ", arguments.k_cache.size(2),
+        ", got ", k.size(2));
+  check_lengths("seqlens", arguments.seqlens, q);
+  check_block_table(arguments.block_table, arguments.k_cache, q);
+  if (arguments.new_seqlens) check_lengths("new_seqlens", *arguments.new_seqlens, q);
+  check_regions(arguments.region_size, arguments.merge);
+  check_word("eligibility", arguments.eligibility, "group", "row");
+  check_word("selection", arguments.selection, "causal", "query");
+  check_capacity(arguments);
+  check_sums(arguments);
+  check_scale(arguments.scale);
+  if (out != nullptr) check_out(*out, q);
+}
+
+void check_cache_contents(const SelectMergeDecodeParams& params) {
+  for (int batch = 0; batch < params.batch; ++batch) {
+    const int count = params.new_seqlens == nullptr ? params.seqlen : params.new_seqlens[batch];
+    check(count >= 0 && count <= params.seqlen, "new_seqlens[", batch, "] must lie in 0 .. ", params.seqlen,
+          ", the tokens of q, got ", count);
+    check_sequence("seqlens", params.cache, batch, count);
+  }
 }
 
 void check_select_merge(const SelectMergeArguments& arguments) {

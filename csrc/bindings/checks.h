@@ -22,6 +22,10 @@ void check_cache_contents(const DecodeParams& params);
 
 void check_select(const SelectArguments& arguments);
 
+// Without `out` where nothing is attended.
+void check_select_merge_decode(const SelectMergeDecodeArguments& arguments, const Tensor* out);
+void check_cache_contents(const SelectMergeDecodeParams& params);
+
 // With CHUNKATTN_DEBUG=1 in the environment also ids that would be ignored are refused, which waits for the device.
 void check_select_merge(const SelectMergeArguments& arguments);
 void check_select_merge_backward(const SelectMergeArguments& arguments, const Tensor& dout, const Tensor& out,

@@ -44,6 +44,23 @@ STABLE_TORCH_LIBRARY(chunkattn, library) {
       "select_merge_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor indices, int region_size, int merge, float? scale=None, bool deterministic=False) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
+  // The tokens are appended: everything that is the cache's is written to.
+  library.def(
+      "select_merge_with_kvcache(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor(c!) region_sums, Tensor(d!) query_sums, Tensor(e!) indices, Tensor(f!) seqlens, int capacity, "
+      "int region_size, int merge, str eligibility=\"group\", str selection=\"causal\", Tensor? block_table=None, "
+      "Tensor? select_q=None, Tensor? select_k=None, Tensor? new_seqlens=None, float? scale=None) "
+      "-> (Tensor out, Tensor softmax_lse)");
+  library.def(
+      "select_merge_with_kvcache.out(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor(c!) region_sums, Tensor(d!) query_sums, Tensor(e!) indices, Tensor(f!) seqlens, int capacity, "
+      "int region_size, int merge, str eligibility, str selection, Tensor? block_table, Tensor? select_q, "
+      "Tensor? select_k, Tensor? new_seqlens, float? scale, Tensor(g!) out) -> Tensor softmax_lse");
+  library.def(
+      "select_merge_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor(c!) region_sums, Tensor(d!) query_sums, Tensor(e!) indices, Tensor(f!) seqlens, int capacity, "
+      "int region_size, int merge, str eligibility=\"group\", str selection=\"causal\", Tensor? block_table=None, "
+      "Tensor? select_q=None, Tensor? select_k=None, Tensor? new_seqlens=None) -> ()");
 #ifdef CHUNKATTN_WITH_CUDA
   library.def("force_kernel(str name) -> ()");
 #endif
@@ -59,6 +76,9 @@ STABLE_TORCH_LIBRARY_IMPL(chunkattn, CPU, library) {
   library.impl("select", TORCH_BOX(&bindings::select_cpu));
   library.impl("select_merge", TORCH_BOX(&bindings::select_merge_cpu));
   library.impl("select_merge_backward", TORCH_BOX(&bindings::select_merge_backward_cpu));
+  library.impl("select_merge_with_kvcache", TORCH_BOX(&bindings::select_merge_with_kvcache));
+  library.impl("select_merge_with_kvcache.out", TORCH_BOX(&bindings::select_merge_with_kvcache_out));
+  library.impl("select_merge_append", TORCH_BOX(&bindings::select_merge_append));
 }
 
 #ifdef CHUNKATTN_WITH_CUDA
@@ -70,6 +90,9 @@ STABLE_TORCH_LIBRARY_IMPL(chunkattn, CUDA, library) {
   library.impl("select", TORCH_BOX(&bindings::select_cuda));
   library.impl("select_merge", TORCH_BOX(&bindings::select_merge_cuda));
   library.impl("select_merge_backward", TORCH_BOX(&bindings::select_merge_backward_cuda));
+  library.impl("select_merge_with_kvcache", TORCH_BOX(&bindings::select_merge_with_kvcache));
+  library.impl("select_merge_with_kvcache.out", TORCH_BOX(&bindings::select_merge_with_kvcache_out));
+  library.impl("select_merge_append", TORCH_BOX(&bindings::select_merge_append));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(chunkattn, CompositeExplicitAutograd, library) {

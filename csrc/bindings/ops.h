@@ -81,4 +81,25 @@ std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cuda(Tensor dout, Tenso
                                                               int64_t merge, std::optional<double> scale,
                                                               bool deterministic);
 
+// Append the tokens to the cache, then attend. Return out [batch, seqlen, heads, head_dim] and softmax_lse [batch,
+// heads, seqlen], or write to the given out and return softmax_lse; or only append.
+std::tuple<Tensor, Tensor> select_merge_with_kvcache(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
+                                                     Tensor region_sums, Tensor query_sums, Tensor indices,
+                                                     Tensor seqlens, int64_t capacity, int64_t region_size,
+                                                     int64_t merge, std::string eligibility, std::string selection,
+                                                     std::optional<Tensor> block_table, std::optional<Tensor> select_q,
+                                                     std::optional<Tensor> select_k, std::optional<Tensor> new_seqlens,
+                                                     std::optional<double> scale);
+Tensor select_merge_with_kvcache_out(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor region_sums,
+                                     Tensor query_sums, Tensor indices, Tensor seqlens, int64_t capacity,
+                                     int64_t region_size, int64_t merge, std::string eligibility, std::string selection,
+                                     std::optional<Tensor> block_table, std::optional<Tensor> select_q,
+                                     std::optional<Tensor> select_k, std::optional<Tensor> new_seqlens,
+                                     std::optional<double> scale, Tensor out);
+void select_merge_append(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor region_sums,
+                         Tensor query_sums, Tensor indices, Tensor seqlens, int64_t capacity, int64_t region_size,
+                         int64_t merge, std::string eligibility, std::string selection,
+                         std::optional<Tensor> block_table, std::optional<Tensor> select_q,
+                         std::optional<Tensor> select_k, std::optional<Tensor> new_seqlens);
+
 }  // namespace chunkattn::bindings

@@ -3,8 +3,7 @@
 #include <vector>
 
 #include "cache_attention.h"
-#include "cpu/cache.h"
-#include "cpu/forward_tile.h"
+#include "cpu/decode_results.h"
 #include "kernels.h"
 
 namespace chunkattn::cpu {
@@ -91,10 +90,6 @@ DecodePlan plan_decode(const DecodeParams& params, const std::vector<ForwardPara
   return plan;
 }
 
-float* lse_of(const ForwardParams& params, int batch, int head) {
-  return params.softmax_lse + params.lse_row(batch, head);
-}
-
 // Queries before a sequence's first token see nothing.
 template <class Storage>
 void write_unseeing_queries(const std::vector<ForwardParams>& sequences, ParallelFor parallel_for) {
@@ -102,14 +97,7 @@ void write_unseeing_queries(const std::vector<ForwardParams>& sequences, Paralle
     return [&](int64_t task) {
       const int batch = static_cast<int>(task);
       const ForwardParams& params = sequences[batch];
-      const int count = std::min(params.shape.seqlen_q, -params.first_position());
-      for (int head = 0; head < params.shape.heads && count > 0; ++head) {
-        const Rows<Storage> out = rows_of<Storage>(params.out, params.out_strides, batch, 0, head);
-        for (int n = 0; n < count; ++n) {
-          std::memset(static_cast<void*>(out.data + n * out.stride), 0, params.shape.head_dim * sizeof(Storage));
-        }
-        std::fill_n(lse_of(params, batch, head), count, -std::numeric_limits<float>::infinity());
-      }
+      write_unseeing<Storage>(params, batch, 0, std::min(params.shape.seqlen_q, -params.first_position()));
     };
   });
 }
@@ -143,18 +131,6 @@ void combine_parts(const DecodeTile& tile, const PartialResults<Accum>& partial,
   }
 }
 
-template <class Storage, class Operand>
-void store_tile(const ForwardParams& params, const DecodeTile& tile, const ForwardTile<Storage, Operand>& result) {
-  const int query = tile.tile.begin - params.first_position();
-  const int heads = tile.heads.count();
-  for (int head = 0; head < heads; ++head) {
-    const int query_head = tile.heads.begin + head;
-    result.write_out(head, rows_of<Storage>(params.out, params.out_strides, tile.batch, query, query_head));
-    float* const lse = lse_of(params, tile.batch, query_head) + query;
-    for (int n = head; n < result.rows(); n += heads) lse[n / heads] = static_cast<float>(result.lse_log2(n) * kLn2);
-  }
-}
-
 template <class Storage>
 void store_combined(const ForwardParams& params, const DecodeTile& tile,
                     const PartialResults<Accumulator<Storage>>& partial) {
@@ -175,12 +151,6 @@ void store_combined(const ForwardParams& params, const DecodeTile& tile,
     }
   }
 }
-
-template <class Stored, class Operand>
-struct CachedKeysAndValues {
-  CacheOperand<Stored, Operand> keys;
-  CacheOperand<Stored, Operand> values;
-};
 
 template <class Storage, class Operand, class Stored>
 void run_decode(const DecodeParams& params, ParallelFor parallel_for) {
@@ -209,7 +179,9 @@ void run_decode(const DecodeParams& params, ParallelFor parallel_for) {
       const DecodeTile& tile = plan.tiles[tile_index];
       const ForwardParams& sequence = sequences[tile.batch];
       result.run(sequence, nullptr, keys_and_values, tile.part(split));
-      if (tile.splits == 1) return store_tile(sequence, tile, result);
+      if (tile.splits == 1) {
+        return store_tile(sequence, tile.batch, tile.heads, tile.tile, result);
+      }
       const int64_t row = tile.first_row + int64_t{split} * tile.rows();
       const int heads = tile.heads.count();
       for (int head = 0; head < heads; ++head) {

@@ -68,10 +68,7 @@ class TileSegments {
   void find_regions(int batch, int head, int group, KeyRange within) {
     const RegionGeometry& geometry = regions_->geometry;
     const int index_head = head / (params_.shape.heads / regions_->index_heads);
-    const int64_t list =
-        (static_cast<int64_t>(batch) * regions_->index_heads + index_head) * geometry.groups(params_.shape.seqlen_k) +
-        group;
-    const int* const indices = regions_->indices + list * regions_->capacity;
+    const int* const indices = regions_->list(batch, index_head, group);
     ranges_.clear();
     for (int i = 0; i < regions_->capacity; ++i) {
       if (!geometry.may_attend(group, indices[i])) continue;

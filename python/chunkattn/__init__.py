@@ -2,6 +2,7 @@
 
 from chunkattn import _core, _ops, _registration, reference
 from chunkattn._temperature import temperature
+from chunkattn.cache import SelectMergeCache
 from chunkattn.functional import dca, dca_varlen, dca_with_kvcache, select, select_merge
 from chunkattn.rotary import CRDNTK, dynamic_ntk_base, ntk_base, rope_rows, rope_table
 
@@ -9,6 +10,7 @@ __version__ = _core.build_info()["version"]
 
 __all__ = [
     "CRDNTK",
+    "SelectMergeCache",
     "dca",
     "dca_varlen",
     "dca_with_kvcache",

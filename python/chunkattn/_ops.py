@@ -35,7 +35,15 @@ load_library(find_library(Path(__file__).parent))
 
 CUDA_OPERATORS = frozenset(
     name
-    for name in ("dca", "dca_varlen", "dca_with_kvcache", "select", "select_merge", "select_merge_backward")
+    for name in (
+        "dca",
+        "dca_varlen",
+        "dca_with_kvcache",
+        "select",
+        "select_merge",
+        "select_merge_backward",
+        "select_merge_with_kvcache",
+    )
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"chunkattn::{name}", "CUDA")
 )
 """The functions, and gradients that may lack theirs, that this build has CUDA kernels of."""

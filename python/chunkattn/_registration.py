@@ -112,6 +112,38 @@ def _select_merge_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@register_fake("chunkattn::select_merge_append")
+def _select_merge_append_fake(
+    q, k, v, k_cache, v_cache, region_sums, query_sums, indices, seqlens, capacity, region_size, merge,
+    eligibility="group", selection="causal", block_table=None, select_q=None, select_k=None, new_seqlens=None,
+):  # fmt: skip
+    _check_devices(
+        q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, region_sums=region_sums, query_sums=query_sums, indices=indices,
+        seqlens=seqlens, block_table=block_table, select_q=select_q, select_k=select_k, new_seqlens=new_seqlens,
+    )  # fmt: skip
+
+
+@register_fake("chunkattn::select_merge_with_kvcache")
+def _select_merge_with_kvcache_fake(
+    q, k, v, k_cache, v_cache, region_sums, query_sums, indices, seqlens, capacity, region_size, merge,
+    eligibility="group", selection="causal", block_table=None, select_q=None, select_k=None, new_seqlens=None,
+    scale=None,
+):  # fmt: skip
+    _select_merge_append_fake(
+        q, k, v, k_cache, v_cache, region_sums, query_sums, indices, seqlens, capacity, region_size, merge, eligibility,
+        selection, block_table, select_q, select_k, new_seqlens,
+    )  # fmt: skip
+    batch, seqlen, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seqlen), dtype=torch.float32)
+
+
+@register_fake("chunkattn::select_merge_with_kvcache.out")
+def _select_merge_with_kvcache_out_fake(q, *arguments):
+    *arguments, out = arguments
+    _check_devices(q, out=out)
+    return _select_merge_with_kvcache_fake(q, *arguments)[1]
+
+
 def _names(operator: str) -> list[str]:
     return [argument.name for argument in getattr(torch.ops.chunkattn, operator).default._schema.arguments]
 

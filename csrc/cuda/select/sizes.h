@@ -41,6 +41,19 @@ constexpr int kFewInRegisters = 512;
 constexpr int kMostInRegisters = 1024;
 constexpr int kLargestTileColumns = 128;
 
+// Threads that merge the lists of a group.
+constexpr int kMergeThreads = 128;
+
+// Of the table of regions that are kept and those of one step of the walk: no more than half full, and a power of two.
+inline int merge_slots(int top_k) {
+  int slots = 1;
+  while (slots < 2 * (top_k + kMergeThreads)) slots *= 2;
+  return slots;
+}
+
+// Ints of the table and of the regions kept.
+CHUNKATTN_HOST_DEVICE int64_t merge_ints(int slots, int top_k) { return 2 * static_cast<int64_t>(slots) + top_k; }
+
 // A reduction may leave so many more than the row lists.
 CHUNKATTN_HOST_DEVICE int reduction_slack(int listed) { return listed / 8 + 16; }
 
