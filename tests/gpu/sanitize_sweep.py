@@ -246,6 +246,7 @@ PROBLEMS = [
     SelectMerge(260, 96, region_size=3, top_k=9, merge=11, eligibility="row", index_heads="q", dtype=torch.float16),
     SelectMerge(200, 256, region_size=1, top_k=40, merge=16, kv_heads=4),
     SelectMerge(190, 40, region_size=8, top_k=100, merge=1, heads=6, kv_heads=1),
+    SelectMerge(900, 128, region_size=1, top_k=130, merge=48),
 ]
 
 
