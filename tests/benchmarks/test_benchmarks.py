@@ -658,8 +658,8 @@ class TestPlot:
         page = tmp_path / "performance.md"
         assert plot.main([str(path), "--page", str(page)]) == 0
         text = page.read_text()
-        assert "| 8,192 | 1 | 10% | 2 | 2.00 |" in text
-        assert "| 1,048,576 | 200 | 10% | - | - |" in text
+        assert "| 8,192 | 1 | 10.0% | 2 | 2.00 |" in text
+        assert "| 1,048,576 | 200 | 10.0% | - | - |" in text
         assert "| training | 32 heads, d 128, bf16, 32,768 keys | fa3 | 20 ms | 50 ms | 2.50 |" in text
         assert "| fa3 at 8,192 x 16384 | 200 ms | 2 ms x 16384 | 163.8 |" in text
         assert (tmp_path / "images" / "h100-select_merge.png").is_file()

@@ -251,6 +251,7 @@ PROBLEMS = [
     SelectMerge(290, 256, region_size=8, top_k=20, merge=9),
     SelectMerge(400, 64, region_size=24, top_k=8, merge=7, batch=2),
     SelectMerge(400, 64, region_size=24, top_k=8, merge=7, index_heads="q", dtype=torch.float16),
+    SelectMerge(900, 128, region_size=1, top_k=130, merge=48),
 ]
 
 
