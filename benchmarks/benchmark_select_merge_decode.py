@@ -40,6 +40,7 @@ CUDA_SHAPES = [
     "b8-s1/128k-h32/8-d128",
 ]
 CPU_SHAPES = ["s1/16k-h8/2-d64"]
+SPARE = 4096  # tokens of which no group is made, so that steps can be repeated
 IMPLS = ["select-merge", "select-merge-first", "select-merge-next", "select-merge-query", "dense"]
 
 
@@ -64,8 +65,8 @@ class Decoding:
         self.begin = shape.seq_k // self.group_tokens * self.group_tokens
         dtype = getattr(torch, shape.dtype)
         self.cache = chunkattn.SelectMergeCache(
-            shape.batch, shape.kv_heads, shape.head_dim, self.begin + self.group_tokens, **sizes, selection=selection,
-            dtype=dtype, device=device,
+            shape.batch, shape.kv_heads, shape.head_dim, self.begin + self.group_tokens + SPARE, **sizes,
+            selection=selection, dtype=dtype, device=device,
         )  # fmt: skip
         for tensor in (self.cache.k, self.cache.v, self.cache.region_sums, self.cache.query_sums):
             for row in tensor:
@@ -79,17 +80,16 @@ class Decoding:
     def restart(self, token=0):
         self.cache.seqlens.fill_(self.begin + token)
 
+    # Each leaves the sequences in the first tokens of the group: the next call may be another's.
+
     def group(self):
         self.restart()
         for _ in range(self.group_tokens):
             self.step()
+        self.restart(1)
 
     def first(self):
         self.restart()
-        self.step()
-
-    def next(self):
-        self.restart(1)
         self.step()
 
     @property
@@ -151,8 +151,8 @@ def measure(shape, options, sizes, clock, failed):
         functions = {
             "select-merge": decoding.group,
             "select-merge-first": decoding.first,
-            "select-merge-next": decoding.next,
-            "select-merge-query": decoding.next,
+            "select-merge-next": decoding.step,
+            "select-merge-query": decoding.step,
             "dense": None,
         }
         functions = {name: functions[name] for name in names}
