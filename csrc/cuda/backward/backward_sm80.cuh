@@ -62,7 +62,8 @@ struct BackwardSm80 {
   const BackwardParams& params;
   const BackwardWorkspace& workspace;
   const BackwardVectorPaths& vectorized;
-  uint32_t shared;  // K, V, dO, the stages of Q, P, dS
+  uint32_t shared;          // K, V, dO, the stages of Q, P, dS
+  const KeyTileWork& work;  // in shared memory
   int batch;
   int kv_head;
   QueryTile keys;
@@ -83,9 +84,9 @@ struct BackwardSm80 {
   __device__ __forceinline__ void load_keys() const {
     const ForwardParams& forward = params.forward;
     const T* k = static_cast<const T*>(forward.k) + batch * forward.k_strides.batch +
-                 keys.begin * forward.k_strides.seq + kv_head * forward.k_strides.head;
+                 work.first_key * forward.k_strides.seq + kv_head * forward.k_strides.head;
     const T* v = static_cast<const T*>(forward.v) + batch * forward.v_strides.batch +
-                 keys.begin * forward.v_strides.seq + kv_head * forward.v_strides.head;
+                 work.first_key * forward.v_strides.seq + kv_head * forward.v_strides.head;
     const int valid = keys.end - keys.begin;
     const int head_dim = forward.shape.head_dim;
     copy_rows_async<kThreads>(k_tile(), k, forward.k_strides.seq, valid, head_dim, vectorized.k);
@@ -103,8 +104,8 @@ struct BackwardSm80 {
 
   __device__ __forceinline__ void load_out_gradients(int stage, const AttendingTile& tile, int head) const {
     const Strides& strides = params.dout_strides;
-    const T* dout = static_cast<const T*>(params.dout) + batch * strides.batch +
-                    (tile.begin - params.forward.first_position()) * strides.seq + head * strides.head;
+    const T* dout =
+        static_cast<const T*>(params.dout) + batch * strides.batch + tile.query * strides.seq + head * strides.head;
     copy_rows_async<kThreads>(dout_tile(stage), dout, strides.seq, tile.count, params.forward.shape.head_dim,
                               vectorized.dout);
   }
@@ -113,8 +114,7 @@ struct BackwardSm80 {
   __device__ __forceinline__ void load_statistics(Statistics& lse, Statistics& delta, const AttendingTile& tile,
                                                   int plane) const {
     const int row = LogitGrid::row() + threadIdx.x % 32 / 4;
-    const int64_t first = static_cast<int64_t>(plane) * params.forward.shape.seqlen_q +
-                          (tile.begin - params.forward.first_position()) + row;
+    const int64_t first = static_cast<int64_t>(plane) * params.forward.rows_q() + tile.query + row;
     const float* tile_lse = params.forward.softmax_lse + first;
     const float* tile_delta = workspace.delta + first;
 #pragma unroll
@@ -184,15 +184,16 @@ struct BackwardSm80 {
   // wait in that queue the others multiply. Of eight warps each tensor core has one of either half. Where blocks take
   // turns all add before dK: the next block waits for them.
   __device__ __forceinline__ void multiply_logit_gradients(KeyGradients& dk, int stage, const AttendingTile& tile,
-                                                           int plane, int key_tile, int query_tiles) const {
+                                                           int plane) const {
     constexpr Inner kAlong = Inner::kAlongRows, kDown = Inner::kDownRows;
     const int row = QueryGrid::row(), column = QueryGrid::column();
     QueryGradients dq = {};
     warp_multiply<T, kAlong, kDown, kTileN>(dq, ds_tile(), row, k_tile(), column);
-    int* turn =
-        workspace.turns == nullptr ? nullptr : workspace.turns + static_cast<int64_t>(plane) * query_tiles + tile.index;
+    int* turn = workspace.turns == nullptr ? nullptr
+                                           : workspace.turns + static_cast<int64_t>(plane) * workspace.turns_per_plane +
+                                                 work.first_turn + tile.index;
     if (turn != nullptr) {
-      if (threadIdx.x == 0) wait_for_turn(turn, key_tile);
+      if (threadIdx.x == 0) wait_for_turn(turn, work.tile);
       __syncthreads();
     }
     const RegimeQueries& regime = workspace.regimes[static_cast<int>(tile.regime)];
@@ -218,18 +219,18 @@ struct BackwardSm80 {
     if (late) add_pieces<true>(target, kPitch, dq, kTileM, kHeadDim);
   }
 
-  __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int key_tile) const {
+  __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv) const {
     constexpr Inner kDown = Inner::kDownRows;
     const ForwardParams& forward = params.forward;
-    const QueryTiling tiling{forward.geometry, forward.first_position(), forward.shape.seqlen_k, kTileM};
-    const int query_tiles = workspace.turns == nullptr ? 0 : tiling.count();
+    const QueryTiling& tiling = work.queries;
+    const RegimeRows& rows = work.rows;
     const int group = forward.shape.heads / forward.shape.kv_heads;
     const float scale_log2 = logit_scale(forward, batch) * kLog2E;
     const int row = KeyGrid::row(), column = KeyGrid::column();
 
     int head = kv_head * group;
-    QueryTileWalk walk(tiling, workspace.rows, keys.begin);
-    AttendingTile next = walk.tile(tiling);
+    QueryTileWalk walk(tiling, rows, keys.begin);
+    AttendingTile next = walk.tile(tiling, rows);
     load_keys();
     load_queries(0, next, head);
     load_out_gradients(0, next, head);
@@ -237,15 +238,15 @@ struct BackwardSm80 {
     int stage = 0;
     for (bool more = true; more;) {
       const AttendingTile tile = next;
-      const int plane = batch * forward.shape.heads + head;
+      const int plane = static_cast<int>(forward.plane(batch, head));
       Statistics lse, delta;
       load_statistics(lse, delta, tile, plane);
-      walk.advance(tiling, workspace.rows);
+      walk.advance(tiling, rows);
       if (walk.done(tiling)) {
-        walk = QueryTileWalk(tiling, workspace.rows, keys.begin);
+        walk = QueryTileWalk(tiling, rows, keys.begin);
         more = ++head < (kv_head + 1) * group;
       }
-      next = walk.tile(tiling);
+      next = walk.tile(tiling, rows);
 
       ptx::cp_async_wait<0>();
       __syncthreads();  // Q and dO are there, and every warp has finished with dS and the Q of the tile before
@@ -261,7 +262,7 @@ struct BackwardSm80 {
         if (more) load_out_gradients(0, next, head);
         ptx::cp_async_commit();
       }
-      multiply_logit_gradients(dk, stage, tile, plane, key_tile, query_tiles);
+      multiply_logit_gradients(dk, stage, tile, plane);
       if (kQueryStages == 1) {
         __syncthreads();  // every warp has finished with Q
         if (more) load_queries(next_stage, next, head);
@@ -279,7 +280,7 @@ struct BackwardSm80 {
     const int valid = keys.end - keys.begin;
     const int head_dim = forward.shape.head_dim;
     const auto first_row = [&](void* tensor, const Strides& strides) {
-      return static_cast<T*>(tensor) + batch * strides.batch + keys.begin * strides.seq + kv_head * strides.head;
+      return static_cast<T*>(tensor) + batch * strides.batch + work.first_key * strides.seq + kv_head * strides.head;
     };
     __syncthreads();  // every warp has finished with the tiles
     staged.collect(dv, KeyGrid::row(), KeyGrid::column(), 1.f);
@@ -297,18 +298,14 @@ struct BackwardSm80 {
   static __device__ __forceinline__ void run(const BackwardParams& params, const BackwardWorkspace& workspace,
                                              const BackwardVectorPaths& vectorized, const TileSchedule& schedule) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
-    const KeyTileItem item = key_tile_item(schedule, blockIdx.x);
-    const int kv_heads = params.forward.shape.kv_heads;
-    const QueryTiling tiling{params.forward.geometry, 0, params.forward.shape.seqlen_k, kTileN};
-    const BackwardSm80 self{params,
-                            workspace,
-                            vectorized,
-                            ptx::shared_address(shared_memory),
-                            item.plane / kv_heads,
-                            item.plane % kv_heads,
-                            tiling.tile(item.tile)};
+    __shared__ KeyTileWork work;
+    const bool any =
+        threadIdx.x == 0 && describe_key_tile(work, params, workspace, schedule, blockIdx.x, kTileM, kTileN);
+    if (__syncthreads_or(any) == 0) return;
+    const BackwardSm80 self{params, workspace,  vectorized,   ptx::shared_address(shared_memory),
+                            work,   work.batch, work.kv_head, work.keys};
     KeyGradients dk = {}, dv = {};
-    self.accumulate(dk, dv, item.tile);
+    self.accumulate(dk, dv);
     self.store_key_gradients(dk, dv, reinterpret_cast<float*>(shared_memory));
   }
 };

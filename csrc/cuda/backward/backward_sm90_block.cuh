@@ -1,9 +1,9 @@
 // What the Hopper backward kernels share: the tiles in shared memory, the warps that bring them and take dQ away, and
 // the steps that consumer warpgroups make of them.
 //
-// One thread block owns one tile of keys of one KV head, and with it dK and dV. Of its first warpgroup, one thread
-// loads K and V once and then Q and dO of the query tiles that attend the keys (QueryTileWalk), of all query heads that
-// share them; one warp reads their statistics and says what the tile is; two warps have the copy engine add dQ. The
+// One thread block owns one tile of keys of one KV head, and with it dK and dV. Of its first warpgroup, one warp loads
+// K and V once and then Q and dO of the query tiles that attend the keys (QueryTileWalk), of all query heads that share
+// them; one warp reads their statistics and says what the tile is; two warps have the copy engine add dQ. The
 // regime of a pair of tiles says which rotation of Q is read and which dQ is added to. Two more warpgroups consume: a
 // kernel is what they do (backward_sm90.cuh, backward_sm90_wide.cuh).
 #pragma once
@@ -64,7 +64,7 @@ struct BackwardSm90Block {
     float delta[kTileM];     // the same
     AttendingTile tile;
     bool masked;  // some query of the tile does not see some key
-    int plane;    // batch * heads + head; -1 behind the last tile
+    int plane;    // of the head; -1 behind the last tile
   };
 
   struct Control {
@@ -72,7 +72,9 @@ struct BackwardSm90Block {
     uint64_t query_full[kStages], query_empty[kStages];
     uint64_t dout_full[kStages], dout_empty[kStages];
     uint64_t statistics_empty[kStages];  // they are full with the queries
+    uint64_t last_queries_arrived;       // of a packed sequence, see load_last_queries()
     Statistics statistics[kStages];
+    KeyTileWork work;
   };
 
   static constexpr size_t kTileBytes = backward_sm90_tile_bytes<kHeadDim>();
@@ -84,9 +86,9 @@ struct BackwardSm90Block {
   const BackwardMaps& maps;
   uint32_t shared;  // K, V, the stages of Q, of dO, and what the kernel puts behind them
   Control& control;
+  const KeyTileWork& work;  // in shared memory
   int batch;
   int kv_head;
-  int key_tile;
   QueryTile keys;
 
   __device__ __forceinline__ KeyShared k_tile() const { return {shared}; }
@@ -99,18 +101,16 @@ struct BackwardSm90Block {
     return {q_tile(2 * kStages).base + buffer * LogitShared::kBytes};
   }
 
-  __device__ __forceinline__ QueryTiling tiling() const {
-    return {params.forward.geometry, params.forward.first_position(), params.forward.shape.seqlen_k, kTileM};
-  }
   __device__ __forceinline__ int group() const { return params.forward.shape.heads / params.forward.shape.kv_heads; }
 
   // How often the consumers and the warps of dQ arrive when they need Q, and dO, of a stage no longer.
   __device__ __forceinline__ void init_barriers(int query_arrivals, int dout_arrivals) const {
     ptx::mbarrier_init(&control.keys_full, 1);
+    ptx::mbarrier_init(&control.last_queries_arrived, 1);
     for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(control.query_full + i, 1 + 32);  // the copy and the warp of the statistics
+      ptx::mbarrier_init(control.query_full + i, 32 + 32);  // the warps of the copies and of the statistics
       ptx::mbarrier_init(control.query_empty + i, query_arrivals);
-      ptx::mbarrier_init(control.dout_full + i, 1);
+      ptx::mbarrier_init(control.dout_full + i, 32);
       ptx::mbarrier_init(control.dout_empty + i, dout_arrivals);
       ptx::mbarrier_init(control.statistics_empty + i,
                          kConsumerThreads + kConsumers * 32);  // every thread has read them
@@ -127,26 +127,67 @@ struct BackwardSm90Block {
     }
   }
 
-  // One thread.
+  __device__ __forceinline__ void load_queries(const AttendingTile& tile, int stage, int head, uint64_t* full) const {
+    load_tile(q_tile(stage), maps.q + static_cast<int>(tile.regime), full, tile.row, head, work.box_batch);
+  }
+  __device__ __forceinline__ void load_out_gradients(const AttendingTile& tile, int stage, int head,
+                                                     uint64_t* full) const {
+    load_tile(dout_tile(stage), &maps.dout, full, tile.query, head, work.box_batch);
+  }
+
+  // One warp. Behind the last queries of a packed sequence the copies bring those of the next one. Their P is zero, but
+  // so must they be: nothing of another sequence may reach this one's gradients, finite or not.
+  __device__ __forceinline__ void load_last_queries(const AttendingTile& tile, const Ring<kStages>& ring, int head,
+                                                    int parity) const {
+    if (threadIdx.x == 0) {
+      ring.wait_empty(control.query_empty);
+      ring.wait_empty(control.dout_empty);
+      ptx::mbarrier_arrive_expect(&control.last_queries_arrived, 2 * QueryShared::kBytes);
+      load_queries(tile, ring.index, head, &control.last_queries_arrived);
+      load_out_gradients(tile, ring.index, head, &control.last_queries_arrived);
+    }
+    ptx::mbarrier_wait(&control.last_queries_arrived, parity);
+    constexpr int kChunks = QueryShared::kChunksPerRow;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (kTileM - tile.count) * kChunks; i += 32) {
+      store_shared(q_tile(ring.index).address(tile.count + i / kChunks, i % kChunks), uint4{0, 0, 0, 0});
+      store_shared(dout_tile(ring.index).address(tile.count + i / kChunks, i % kChunks), uint4{0, 0, 0, 0});
+    }
+    ptx::fence_async_proxy();
+    ptx::mbarrier_arrive(control.query_full + ring.index);
+    ptx::mbarrier_arrive(control.dout_full + ring.index);
+  }
+
+  // One warp, whose first lane starts the copies. All of them arrive, because all of them may write.
   __device__ __forceinline__ void load_tiles() const {
-    ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
-    load_tile(k_tile(), &maps.k, &control.keys_full, keys.begin, kv_head, batch);
-    load_tile(v_tile(), &maps.v, &control.keys_full, keys.begin, kv_head, batch);
-    const QueryTiling tiles = tiling();
+    const bool leads = threadIdx.x == 0;
+    if (leads) {
+      ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
+      load_tile(k_tile(), &maps.k, &control.keys_full, work.first_key, kv_head, work.box_batch);
+      load_tile(v_tile(), &maps.v, &control.keys_full, work.first_key, kv_head, work.box_batch);
+    }
     Ring<kStages> ring;
+    int parity = 0;
 #pragma unroll 1
     for (int head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
-      for (QueryTileWalk walk(tiles, workspace.rows, keys.begin); !walk.done(tiles);
-           walk.advance(tiles, workspace.rows)) {
-        const AttendingTile tile = walk.tile(tiles);
-        ring.wait_empty(control.query_empty);
-        uint64_t* full = control.query_full + ring.index;
-        ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
-        load_tile(q_tile(ring.index), maps.q + static_cast<int>(tile.regime), full, tile.row, head, batch);
-        ring.wait_empty(control.dout_empty);
-        full = control.dout_full + ring.index;
-        ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
-        load_tile(dout_tile(ring.index), &maps.dout, full, tile.begin - tiles.begin, head, batch);
+      for (QueryTileWalk walk(work.queries, work.rows, keys.begin); !walk.done(work.queries);
+           walk.advance(work.queries, work.rows)) {
+        const AttendingTile tile = walk.tile(work.queries, work.rows);
+        if (work.packed && tile.count < kTileM && tile.begin + tile.count == work.queries.end) {
+          load_last_queries(tile, ring, head, parity);
+          parity ^= 1;
+        } else if (leads) {
+          ring.wait_empty(control.query_empty);
+          ptx::mbarrier_arrive_expect(control.query_full + ring.index, QueryShared::kBytes);
+          load_queries(tile, ring.index, head, control.query_full + ring.index);
+          ring.wait_empty(control.dout_empty);
+          ptx::mbarrier_arrive_expect(control.dout_full + ring.index, QueryShared::kBytes);
+          load_out_gradients(tile, ring.index, head, control.dout_full + ring.index);
+        } else {
+          ptx::mbarrier_arrive(control.query_full + ring.index);
+          ptx::mbarrier_arrive(control.dout_full + ring.index);
+        }
+        __syncwarp();  // nobody arrives for the next lap of a stage before the first lane has for this one
         ring.advance();
       }
     }
@@ -154,16 +195,15 @@ struct BackwardSm90Block {
 
   // One warp.
   __device__ __forceinline__ void load_statistics() const {
-    const QueryTiling tiles = tiling();
     const int lane = threadIdx.x % 32;
     Ring<kStages> ring;
 #pragma unroll 1
     for (int head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
-      const int plane = batch * params.forward.shape.heads + head;
-      for (QueryTileWalk walk(tiles, workspace.rows, keys.begin); !walk.done(tiles);
-           walk.advance(tiles, workspace.rows)) {
-        const AttendingTile tile = walk.tile(tiles);
-        const int64_t first = static_cast<int64_t>(plane) * params.forward.shape.seqlen_q + (tile.begin - tiles.begin);
+      const int plane = static_cast<int>(params.forward.plane(batch, head));
+      for (QueryTileWalk walk(work.queries, work.rows, keys.begin); !walk.done(work.queries);
+           walk.advance(work.queries, work.rows)) {
+        const AttendingTile tile = walk.tile(work.queries, work.rows);
+        const int64_t first = static_cast<int64_t>(plane) * params.forward.rows_q() + tile.query;
         ring.wait_empty(control.statistics_empty);
         Statistics& statistics = control.statistics[ring.index];
 #pragma unroll
@@ -350,11 +390,23 @@ struct BackwardSm90Block {
     ptx::named_barrier_arrive(kPartFullBarrier + warpgroup, kPartThreads);
   }
 
+  // One warp. Rows of dQ behind a tile's queries are zero unless its keys are not finite. In packed tensors the rows
+  // they would be added to may be another sequence's.
+  static __device__ __forceinline__ void clear_missing_part(uint32_t part, int rows) {
+    if (rows >= 64) return;
+    constexpr int kChunks = kGradientPanels * 8;
+#pragma unroll 1
+    for (int i = max(rows, 0) * kChunks + threadIdx.x % 32; i < 64 * kChunks; i += 32) {
+      store_shared(part + i % kChunks / 8 * kGradientPanelBytes + i / kChunks * 128 + i % 8 * 16, uint4{0, 0, 0, 0});
+    }
+    ptx::fence_async_proxy();
+    __syncwarp();
+  }
+
   // One warp for each warpgroup: has the copy engine add the warpgroup's part of dQ, tile after tile. The part lies at
   // part(stage); once it is read, the warp arrives at the stage's barrier in `empty`.
   template <typename Part>
   __device__ __forceinline__ void add_query_gradients(int warpgroup, uint64_t* empty, Part&& part) const {
-    const int query_tiles = workspace.turns == nullptr ? 0 : tiling().count();
     Ring<kStages> ring;
     while (true) {
       ptx::named_barrier_arrive(kPartFreeBarrier + warpgroup, kPartThreads);
@@ -362,16 +414,18 @@ struct BackwardSm90Block {
       const Statistics& statistics = control.statistics[ring.index];
       if (statistics.plane < 0) return;
       ptx::named_barrier_sync(kPartFullBarrier + warpgroup, kPartThreads);
+      const AttendingTile& tile = statistics.tile;
+      if (work.packed) clear_missing_part(part(ring.index), tile.count - (kCutRows ? warpgroup * 64 : 0));
       if (threadIdx.x % 32 == 0) {
-        const AttendingTile& tile = statistics.tile;
         const CUtensorMap* map = maps.dq + static_cast<int>(tile.regime);
         const int row = tile.row + (kCutRows ? warpgroup * 64 : 0);
         const int column = kCutRows ? 0 : warpgroup * kQueryColumns;
         int* turn = workspace.turns == nullptr
                         ? nullptr
-                        : workspace.turns + static_cast<int64_t>(statistics.plane) * query_tiles + tile.index;
+                        : workspace.turns + static_cast<int64_t>(statistics.plane) * workspace.turns_per_plane +
+                              work.first_turn + tile.index;
         if (turn != nullptr) {
-          wait_for_turn(turn, kConsumers * key_tile);  // each warpgroup of the tiles before passes one on
+          wait_for_turn(turn, kConsumers * work.tile);  // each warpgroup of the tiles before passes one on
           ptx::fence_async_proxy_all();
         }
 #pragma unroll
@@ -397,7 +451,7 @@ struct BackwardSm90Block {
 
   template <typename Element>
   __device__ __forceinline__ T* first_row(Element* tensor, const Strides& strides) const {
-    return static_cast<T*>(tensor) + batch * strides.batch + keys.begin * strides.seq + kv_head * strides.head;
+    return static_cast<T*>(tensor) + batch * strides.batch + work.first_key * strides.seq + kv_head * strides.head;
   }
 
   // Writes the tile's staged dV by kStoring threads.
@@ -425,18 +479,13 @@ __device__ __forceinline__ void run_backward_sm90(const BackwardParams& params, 
                                                   const BackwardMaps& maps) {
   using Block = typename Kernel::Block;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  const KeyTileItem item = key_tile_item(schedule, blockIdx.x);
-  const int kv_heads = params.forward.shape.kv_heads;
-  const QueryTiling tiling{params.forward.geometry, 0, params.forward.shape.seqlen_k, Block::kTileN};
-  const Block block{params,
-                    workspace,
-                    maps,
-                    ptx::shared_address(shared_memory),
-                    *reinterpret_cast<typename Block::Control*>(shared_memory + Block::kTileBytes),
-                    item.plane / kv_heads,
-                    item.plane % kv_heads,
-                    item.tile,
-                    tiling.tile(item.tile)};
+  auto& control = *reinterpret_cast<typename Block::Control*>(shared_memory + Block::kTileBytes);
+  const bool any = threadIdx.x == 0 && describe_key_tile(control.work, params, workspace, schedule, blockIdx.x,
+                                                         Block::kTileM, Block::kTileN);
+  if (__syncthreads_or(any) == 0) return;
+  const KeyTileWork& work = control.work;
+  const Block block{params,     workspace,    maps,     ptx::shared_address(shared_memory), control, work,
+                    work.batch, work.kv_head, work.keys};
   const Kernel kernel{block};
   // The shuffle tells ptxas that the index is uniform, and so are the descriptors made of it.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);

@@ -4,6 +4,7 @@
 
 #include "cuda/backward/launchers.h"
 #include "cuda/common/device.h"
+#include "cuda/common/packed_sequences.h"
 #include "kernels.h"
 
 namespace chunkattn::cuda {
@@ -53,13 +54,18 @@ const char* dca_backward(const BackwardParams& call, const BackwardWorkspace& me
     forward.k_strides = params.dk_strides;
     forward.k_rotated = true;
   }
-  const cudaError_t status = cudaMemsetAsync(workspace.regimes[0].dq, 0, workspace.zeroed_bytes, cuda_stream);
-  if (status != cudaSuccess) return cudaGetErrorString(status);
+  if (workspace.zeroed_bytes > 0) {
+    const cudaError_t status = cudaMemsetAsync(workspace.zeroed, 0, workspace.zeroed_bytes, cuda_stream);
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+  }
   const BackwardVectorPaths vectorized = vector_paths(params, workspace);
   const KernelPlan plan = plan_backward(forward.shape, capability, vectorized.main_loop(), forced_kernel());
   workspace.dq_in_pieces = plan.kind == KernelChoice::kPortable;
   const char* failure = launch_prepare(params, workspace, vectorized, cuda_stream);
-  if (failure == nullptr) {
+  if (failure == nullptr && forward.packed()) {
+    failure = launch_packed_keys(params, workspace, plan.tile_n, cuda_stream);
+  }
+  if (failure == nullptr && forward.rows_k() > 0) {
     failure = forward.dtype == DataType::kBFloat16
                   ? launch_main_loop<__nv_bfloat16>(params, workspace, vectorized, plan, cuda_stream)
                   : launch_main_loop<__half>(params, workspace, vectorized, plan, cuda_stream);

@@ -25,7 +25,7 @@ const char* launch_backward_sm80_sized(const BackwardParams& params, const Backw
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(Kernel::kSharedBytes));
   if (status != cudaSuccess) return cudaGetErrorString(status);
-  const TileSchedule schedule = make_key_tile_schedule(params, Kernel::kTileN, workspace.turns != nullptr);
+  const TileSchedule schedule = make_key_tile_schedule(params, workspace, Kernel::kTileN);
   if (schedule.count() > INT32_MAX) return "k has too many key tiles for one launch";
   kernel<<<static_cast<unsigned>(schedule.count()), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(
       params, workspace, vectorized, schedule);

@@ -35,21 +35,21 @@ inline const char* encode_maps(BackwardMaps* maps, const BackwardParams& params,
   const auto encode = [&](CUtensorMap* map, const void* data, const Strides& strides, int rows, int heads,
                           int box_rows) {
     if (failure == nullptr) {
-      failure = encode_row_map(map, {data, strides, shape.batch, rows, heads, shape.head_dim}, forward.dtype, box_rows);
+      failure =
+          encode_row_map(map, {data, strides, forward.entries(), rows, heads, shape.head_dim}, forward.dtype, box_rows);
     }
   };
   for (int i = 0; i < 3; ++i) {
     // Without rows there is no tile of that regime either; the map must be a map all the same.
     const RegimeQueries& regime = workspace.regimes[workspace.regimes[i].rows > 0 ? i : 0];
     encode(maps->q + i, regime.q, regime.q_strides, regime.rows, shape.heads, plan.tile_m);
-    const int64_t planes = static_cast<int64_t>(shape.batch) * shape.heads;
     if (failure == nullptr) {
-      failure = encode_gradient_map(maps->dq + i, regime.dq, planes, regime.rows, shape.head_dim);
+      failure = encode_gradient_map(maps->dq + i, regime.dq, forward.planes(), regime.rows, shape.head_dim);
     }
   }
-  encode(&maps->dout, params.dout, params.dout_strides, shape.seqlen_q, shape.heads, plan.tile_m);
-  encode(&maps->k, forward.k, forward.k_strides, shape.seqlen_k, shape.kv_heads, plan.tile_n);
-  encode(&maps->v, forward.v, forward.v_strides, shape.seqlen_k, shape.kv_heads, plan.tile_n);
+  encode(&maps->dout, params.dout, params.dout_strides, forward.rows_q(), shape.heads, plan.tile_m);
+  encode(&maps->k, forward.k, forward.k_strides, forward.rows_k(), shape.kv_heads, plan.tile_n);
+  encode(&maps->v, forward.v, forward.v_strides, forward.rows_k(), shape.kv_heads, plan.tile_n);
   return failure;
 }
 
@@ -64,7 +64,7 @@ const char* launch_backward_sm90(const BackwardParams& params, const BackwardWor
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(Block::kSharedBytes));
   if (status != cudaSuccess) return cudaGetErrorString(status);
-  const TileSchedule schedule = make_key_tile_schedule(params, plan.tile_n, workspace.turns != nullptr);
+  const TileSchedule schedule = make_key_tile_schedule(params, workspace, plan.tile_n);
   if (schedule.count() > INT32_MAX) return "k has too many key tiles for one launch";
   kernel<<<static_cast<unsigned>(schedule.count()), Block::kThreads, Block::kSharedBytes, stream>>>(
       params, workspace, vectorized, schedule, maps);
