@@ -1,4 +1,4 @@
-"""What benchmark_forward.py and benchmark_backward.py share: finding, checking and timing the implementations."""
+"""What the benchmarks of attention share: finding, checking and timing the implementations."""
 
 import argparse
 import time
@@ -38,6 +38,10 @@ class Call:
     def __call__(self):
         return self.function(*self.inputs)
 
+    def results(self):
+        """What a call computes, as the oracle wants it."""
+        return self()
+
 
 class Lazy(Call):
     """A call that ``function`` makes, and compiles, when it is first needed, so that a failure belongs to its case."""
@@ -64,7 +68,7 @@ def check(case, oracle):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    results = case.call()
+    results = case.call.results()
     results = (results,) if isinstance(results, torch.Tensor) else results
     if cuda:
         torch.cuda.synchronize()
@@ -101,6 +105,10 @@ class Benchmark:
     def make_call(self, impl, inputs, table, setting):
         """A :class:`Call` of an implementation; setting None: dense."""
         raise NotImplementedError
+
+    def row_shape(self, case, shape):
+        """What a case computes at a shape."""
+        return shape
 
     def __init__(self, options):
         self.options = options
@@ -164,7 +172,7 @@ class Benchmark:
             common.make_row(
                 case.impl,
                 self.pass_,
-                shape,
+                self.row_shape(case, shape),
                 timings[index],
                 setting=case.setting,
                 max_error=case.max_error,
@@ -230,12 +238,12 @@ def parse_arguments(argv, description, benchmark):
     return parser.parse_args(argv)
 
 
-def run(argv, description, benchmark, cuda_table, cpu_table):
-    """The command line of a benchmark; returns the exit status. Tables: shape to its DCA settings."""
+def run(argv, description, benchmark, cuda_table, cpu_table, kind=Shape):
+    """The command line of a benchmark; returns the exit status. Tables: shape to its DCA settings. kind: of shapes."""
     options = parse_arguments(argv, description, benchmark)
     table = cuda_table if torch.device(options.device).type == "cuda" else cpu_table
     names = options.shape or list(table)
-    shapes = {Shape.parse(name, options.dtype): options.dca or table.get(name, ["3072:512"]) for name in names}
+    shapes = {kind.parse(name, options.dtype): options.dca or table.get(name, ["3072:512"]) for name in names}
     if any(shape.seq_q != shape.seq_k for shape in shapes):
         raise SystemExit(f"benchmark_{benchmark.pass_} takes shapes with as many queries as keys")
     with torch.no_grad():

@@ -3,9 +3,10 @@
     python benchmarks/gpu_session.py --wheel dist/chunkattn-*.whl --fa3 DIR --output results
 
 Stages: pytest (the GPU suite), sanitizer (compute-sanitizer over tests/gpu/sanitize_sweep.py), forward
-(benchmark_forward.py) and, when asked for, backward (benchmark_backward.py), finetune (benchmark_finetune.py) and ncu
-(a profile of one shape). A stage that fails or runs out of time does not stop the others. Logs and result files go to
-the output folder, the summary comes last, and the exit status is 1 if a stage failed.
+(benchmark_forward.py) and, when asked for, backward (benchmark_backward.py), varlen (benchmark_varlen.py), finetune
+(benchmark_finetune.py) and ncu (a profile of one shape). A stage that fails or runs out of time does not stop the
+others. Logs and result files go to the output folder, the summary comes last, and the exit status is 1 if a stage
+failed.
 """
 
 import argparse
@@ -25,9 +26,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["pytest", "sanitizer", "forward", "backward", "finetune", "ncu"]
+STAGES = ["pytest", "sanitizer", "forward", "backward", "varlen", "finetune", "ncu"]
 PASSES = ["forward", "backward"]
-BENCHMARKS = [*PASSES, "finetune"]
+BESIDE_FA3 = [*PASSES, "varlen"]
+BENCHMARKS = [*BESIDE_FA3, "finetune"]
 DEFAULT_STAGES = ["pytest", "sanitizer", "forward"]
 TAIL_LINES = 40
 SANITIZER_SHARES = 7  # processes of one tool at a time: it is the host that a sanitizer keeps busy
@@ -128,7 +130,7 @@ class Session:
             # Shapes differ in time by a factor of 50: a quarter of the time is kept for the one under way.
             arguments = ["--json", self.output / f"{stage}.json", "--time-limit", f"{0.75 * seconds:.0f}"]
             arguments += shlex.split(getattr(options, f"{stage}_args"))
-            if options.fa3 and stage in PASSES:
+            if options.fa3 and stage in BESIDE_FA3:
                 arguments += ["--fa3", options.fa3]
             return [[([python, f"benchmarks/benchmark_{stage}.py", *arguments], {})]]
         tool = find_tool("ncu", "/opt/nvidia/nsight-compute/*/ncu", "/usr/local/cuda*/nsight-compute*/ncu")
@@ -245,7 +247,15 @@ def parse_arguments(argv):
     parser.add_argument("--output", default="gpu-session", help="folder for logs and result files")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=DEFAULT_STAGES)
     parser.add_argument("--budget", type=float, default=570, help="seconds for all stages together")
-    limits = {"pytest": 180, "sanitizer": 120, "forward": 260, "backward": 260, "finetune": 200, "ncu": 100}
+    limits = {
+        "pytest": 180,
+        "sanitizer": 120,
+        "forward": 260,
+        "backward": 260,
+        "varlen": 120,
+        "finetune": 200,
+        "ncu": 100,
+    }
     for stage, seconds in limits.items():
         parser.add_argument(f"--{stage}-limit", type=float, default=seconds, help=f"seconds, default {seconds}")
     parser.add_argument("--fa3", metavar="DIR", help="folder with FlashAttention-3: see peers.load_fa3")
