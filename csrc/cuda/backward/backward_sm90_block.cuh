@@ -176,18 +176,21 @@ struct BackwardSm90Block {
         if (work.packed && tile.count < kTileM && tile.begin + tile.count == work.queries.end) {
           load_last_queries(tile, ring, head, parity);
           parity ^= 1;
-        } else if (leads) {
-          ring.wait_empty(control.query_empty);
-          ptx::mbarrier_arrive_expect(control.query_full + ring.index, QueryShared::kBytes);
-          load_queries(tile, ring.index, head, control.query_full + ring.index);
-          ring.wait_empty(control.dout_empty);
-          ptx::mbarrier_arrive_expect(control.dout_full + ring.index, QueryShared::kBytes);
-          load_out_gradients(tile, ring.index, head, control.dout_full + ring.index);
         } else {
-          ptx::mbarrier_arrive(control.query_full + ring.index);
-          ptx::mbarrier_arrive(control.dout_full + ring.index);
+          if (leads) {
+            ring.wait_empty(control.query_empty);
+            ptx::mbarrier_arrive_expect(control.query_full + ring.index, QueryShared::kBytes);
+            load_queries(tile, ring.index, head, control.query_full + ring.index);
+            ring.wait_empty(control.dout_empty);
+            ptx::mbarrier_arrive_expect(control.dout_full + ring.index, QueryShared::kBytes);
+            load_out_gradients(tile, ring.index, head, control.dout_full + ring.index);
+          }
+          __syncwarp();  // by now the stage is in this lap
+          if (!leads) {
+            ptx::mbarrier_arrive(control.query_full + ring.index);
+            ptx::mbarrier_arrive(control.dout_full + ring.index);
+          }
         }
-        __syncwarp();  // nobody arrives for the next lap of a stage before the first lane has for this one
         ring.advance();
       }
     }

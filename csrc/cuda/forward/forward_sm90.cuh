@@ -30,7 +30,7 @@ struct TileWork {
   int first_query;  // row of q of the tile's first query
   int first_key;    // row of k and v of the sequence's first key
   int box_batch;    // what the copy engine calls the batch
-  int seqlen_k;     // of the sequence, behind which lies anything
+  int seqlen_k;     // of the sequence, if anything may lie behind it: otherwise there are zeros
   QueryTile queries;
   SegmentList segments;
 };
@@ -116,7 +116,7 @@ struct ForwardSm90 {
     work.first_query = static_cast<int>(sequence.first_q) + work.queries.begin - sequence.first_position();
     work.first_key = static_cast<int>(sequence.first_k);
     work.box_batch = params.packed() ? 0 : batch;
-    work.seqlen_k = sequence.seqlen_k;
+    work.seqlen_k = source.ends_in_zeros(params) ? INT32_MAX : sequence.seqlen_k;
     work.segments = source.segments(params, work.batch, work.head, work.queries);
     return true;
   }

@@ -21,6 +21,9 @@ struct ChunkKeys {
   static constexpr bool kRotatesQueries = true;
   static constexpr bool kInBoxes = false;  // otherwise key tiles are brought in boxes
 
+  // Behind a sequence's last key.
+  __device__ __forceinline__ bool ends_in_zeros(const ForwardParams& params) const { return !params.packed(); }
+
   __device__ __forceinline__ Sequence sequence(const ForwardParams& params, int batch) const {
     return params.sequence(batch);
   }
@@ -53,6 +56,9 @@ struct RegionKeys {
   // Hopper only: 2^64 / region_size, rounded up. The upper half of the product with a key's index is the index divided
   // by region_size, without error as long as both have 31 bits.
   uint64_t reciprocal;
+
+  // Behind a sequence's last key.
+  __device__ __forceinline__ bool ends_in_zeros(const ForwardParams& /*params*/) const { return true; }
 
   __device__ __forceinline__ Sequence sequence(const ForwardParams& params, int batch) const {
     return params.sequence(batch);
@@ -109,6 +115,9 @@ struct CacheKeys {
   KeyValueCache cache;
   int seqlen_new;  // tokens that were appended since cache_seqlens were counted
   int box_rows;    // a divisor of the key tile, which with a block table divides pages and chunks, too
+
+  // Behind a sequence's last key.
+  __device__ __forceinline__ bool ends_in_zeros(const ForwardParams& /*params*/) const { return false; }
 
   __device__ __forceinline__ Sequence sequence(const ForwardParams& params, int batch) const {
     const int seqlen_k = sequence_lengths(cache.capacity, seqlen_new, __ldg(cache.cache_seqlens + batch)).total;
