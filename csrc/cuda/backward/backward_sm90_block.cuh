@@ -227,11 +227,9 @@ struct BackwardSm90Block {
       }
     }
     ring.wait_empty(control.statistics_empty);
-    if (lane == 0) {
-      control.statistics[ring.index].plane = -1;
-      ptx::mbarrier_arrive(control.query_full + ring.index);  // for the copy, which has no more to bring
-    }
+    if (lane == 0) control.statistics[ring.index].plane = -1;
     ptx::mbarrier_arrive(control.query_full + ring.index);
+    ptx::mbarrier_arrive(control.query_full + ring.index);  // for the warp of the copies, which has no more to bring
   }
 
   // Starts this warpgroup's part of dS K, along the keys.
