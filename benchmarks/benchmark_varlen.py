@@ -160,10 +160,10 @@ class Varlen(driver.Benchmark):
     def make_oracle(self, inputs, table):
         return Oracle(inputs, table, self.packing, self.differentiates)
 
-    def row_shape(self, case, shape):
-        if case.impl != "chunkattn-longest":
-            return shape
-        return shape.alone(max(self.packing.lengths))
+    def make_row(self, case, shape, timing, **extra):
+        if case.impl == "chunkattn-longest":
+            shape = shape.alone(max(self.packing.lengths))
+        return super().make_row(case, shape, timing, **extra)
 
     def make_call(self, impl, inputs, table, setting):
         if impl == "fa3":

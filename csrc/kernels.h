@@ -57,6 +57,13 @@ SelectMergeWorkspace select_merge_workspace(const SelectMergeParams& params, voi
 
 const char* select_merge_forward(const SelectMergeParams& params, const SelectMergeWorkspace& workspace, void* stream);
 
+// The workspace of select_merge_backward. deterministic: all gradients are summed in a fixed order.
+SelectMergeBackwardWorkspace select_merge_backward_workspace(const SelectMergeBackwardParams& params,
+                                                             bool deterministic, void* memory, size_t* bytes);
+
+const char* select_merge_backward(const SelectMergeBackwardParams& params,
+                                  const SelectMergeBackwardWorkspace& workspace, void* stream);
+
 // For tests and benchmarks: makes every later call take this kernel ("auto", "portable" or "hopper").
 const char* force_kernel(const char* name);
 

@@ -195,6 +195,7 @@ struct SelectWorkspace {
   uint64_t* candidates;  // [blocks * rows of a block, candidates_per_row], of the rows in work
   int candidates_per_row;
   uint64_t* lists;    // [planes_at_once, regions, top_k], the regions each row lists
+  int* unmerged;      // [planes_at_once, groups]: whether the group's short lists did not suffice
   int* tile_counter;  // [1]
 };
 
@@ -241,6 +242,21 @@ struct SelectMergeBackwardParams {
   Strides dq_strides;
   Strides dk_strides;
   Strides dv_strides;
+};
+
+// Float32 sums of the gradients with respect to keys and values: more than one thread block adds to each.
+struct KeyGradientSums {
+  float* dk;      // [batch * kv_heads] planes of GradientPieces; starts at zero
+  float* dv;      // the same
+  int* dk_turns;  // [batch * kv_heads], zeros: whose turn it is to add to dk; null when order is free
+  int* dv_turns;  // the same of dv
+};
+
+// What the CUDA kernels use beside SelectMergeBackwardParams.
+struct SelectMergeBackwardWorkspace {
+  SelectMergeWorkspace lists;
+  BackwardWorkspace queries;  // its regimes are all one, and no query has rows in any but intra
+  KeyGradientSums keys;       // zeroed with queries.zeroed_bytes
 };
 
 // Keys, already rotated by ChunkGeometry::key_row, and values of sequences that grow.

@@ -328,6 +328,27 @@ def test_cuda_graph_of_decoding_replays_over_growing_lengths(cuda, layout, float
         eager["cache_seqlens"] += 1
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(16), Layout(17)], ids=str)
+def test_cuda_graph_of_prefill_replays_over_growing_lengths(cuda, layout):
+    # Chunks long enough for the Hopper forward kernel where pages suit it, each sequence's own way across c = 128.
+    case = Case(seqlen_q=256, heads=12, kv_heads=4, head_dim=128, chunk_size=192, local_size=64)
+    options = decode_options(case, skip_without_kernels(cuda, "dca_with_kvcache"))
+    q, k, v = case.inputs(cuda, torch.bfloat16)
+    replayed, eager = (layout.make(case, 1100, cuda, torch.bfloat16) for _ in range(2))
+    arguments = {**options, "k": k, "v": v, "cache_seqlens": lengths(cuda, 0, 0)}
+    chunkattn.dca_with_kvcache(q, **replayed, **arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chunkattn.dca_with_kvcache(q, **replayed, **arguments)
+    for seed, seqlens in enumerate([(0, 0), (256, 1), (500, 127), (756, 128), (833, 384)]):
+        arguments["cache_seqlens"].copy_(lengths(cuda, *seqlens))
+        for x, fresh in zip((q, k, v), case.inputs(cuda, torch.bfloat16, seed=seed), strict=True):
+            x.copy_(fresh)
+        graph.replay()
+        assert captured.isfinite().all()
+        assert torch.equal(captured, chunkattn.dca_with_kvcache(q, **eager, **arguments)), str(seqlens)
+
+
 SELECT_MERGE_CASE = SelectMergeCase(70, 2, 4, 2, 16, 4, 3, 4)
 
 

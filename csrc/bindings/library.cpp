@@ -71,6 +71,7 @@ STABLE_TORCH_LIBRARY_IMPL(chunkattn, CUDA, library) {
   library.impl("dca_with_kvcache.out", TORCH_BOX(&bindings::dca_with_kvcache_out));
   library.impl("select", TORCH_BOX(&bindings::select_cuda));
   library.impl("select_merge", TORCH_BOX(&bindings::select_merge_cuda));
+  library.impl("select_merge_backward", TORCH_BOX(&bindings::select_merge_backward_cuda));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(chunkattn, CompositeExplicitAutograd, library) {

@@ -86,5 +86,9 @@ std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cpu(Tensor dout, Tensor
                                                              Tensor softmax_lse, Tensor indices, int64_t region_size,
                                                              int64_t merge, std::optional<double> scale,
                                                              bool deterministic);
+std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                              Tensor softmax_lse, Tensor indices, int64_t region_size,
+                                                              int64_t merge, std::optional<double> scale,
+                                                              bool deterministic);
 
 }  // namespace chunkattn::bindings

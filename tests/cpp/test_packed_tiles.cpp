@@ -25,8 +25,9 @@ using chunkattn::QueryTiling;
 using chunkattn::Regime;
 using chunkattn::Sequence;
 using chunkattn::SequenceTiles;
+using chunkattn::cuda::AttendingQueries;
+using chunkattn::cuda::ChunkKeyTile;
 using chunkattn::cuda::describe_key_tile;
-using chunkattn::cuda::KeyTileWork;
 using chunkattn::cuda::make_key_tile_schedule;
 using chunkattn::cuda::make_tile_schedule;
 using chunkattn::cuda::PackedKeyTiles;
@@ -125,25 +126,25 @@ void test_key_tiles(const Lengths& lengths, int stride, bool in_turns) {
   std::set<std::pair<int, int>> seen;         // KV head, row of k
   std::map<int, int> turn_owners;             // by turn
   std::map<std::pair<int, int>, int> owners;  // by regime and row
-  KeyTileWork work;
+  ChunkKeyTile own;
+  AttendingQueries attending;
   for (int64_t index = 0; index < schedule.count(); ++index) {
-    if (!describe_key_tile(work, packed.params, packed.workspace, schedule, index, kTileM, kTileN)) continue;
-    const Sequence sequence = params.sequence(work.batch);
-    CHECK(work.box_batch == 0 && work.packed, "index ", index);
-    for (int key = 0; key < work.keys.end - work.keys.begin; ++key) {
-      CHECK(seen.insert({work.kv_head, work.first_key + key}).second, "index ", index);
+    if (!describe_key_tile(own, attending, packed.params, packed.workspace, schedule, index, kTileM, kTileN)) continue;
+    const Sequence sequence = params.sequence(own.batch);
+    for (int key = 0; key < own.keys.end - own.keys.begin; ++key) {
+      CHECK(seen.insert({own.kv_head, own.first_key + key}).second, "index ", index);
     }
-    CHECK(work.first_key >= sequence.first_k && work.keys.end <= sequence.seqlen_k, "index ", index);
-    for (int tile = 0; tile < work.queries.count(); ++tile) {
-      const int turn = work.first_turn + tile;
+    CHECK(own.first_key >= sequence.first_k && own.keys.end <= sequence.seqlen_k, "index ", index);
+    for (int tile = 0; tile < attending.tiling.count(); ++tile) {
+      const int turn = attending.first_turn + tile;
       CHECK(turn >= 0 && turn < room, "turn ", turn, " of ", room);
-      CHECK(turn_owners.try_emplace(turn, work.batch).first->second == work.batch, "turn ", turn);
+      CHECK(turn_owners.try_emplace(turn, own.batch).first->second == own.batch, "turn ", turn);
     }
-    for (int position = work.queries.begin; position < work.queries.end; ++position) {
+    for (int position = attending.tiling.begin; position < attending.tiling.end; ++position) {
       for (const Regime regime : {Regime::kIntra, Regime::kSucc, Regime::kInter}) {
-        const int row = work.rows.row(regime, position);
+        const int row = attending.rows.row(regime, position);
         CHECK(row == sequence.first_q + position - sequence.first_position(), "row ", row);
-        CHECK(owners.try_emplace({static_cast<int>(regime), row}, work.batch).first->second == work.batch, "row ", row);
+        CHECK(owners.try_emplace({static_cast<int>(regime), row}, own.batch).first->second == own.batch, "row ", row);
       }
     }
   }
@@ -185,15 +186,16 @@ void test_any_offsets() {
     const TileSchedule keys = make_key_tile_schedule(packed.params, packed.workspace, 128);
     const int64_t room =
         room_for_packed_tiles(params.total_q, 4, params.geometry, chunkattn::cuda::kBackwardSmallestTileM);
-    KeyTileWork work;
+    ChunkKeyTile own;
+    AttendingQueries attending;
     for (int64_t index = 0; index < keys.count(); ++index) {
-      if (!describe_key_tile(work, packed.params, packed.workspace, keys, index, 64, 128)) continue;
-      const int count = work.keys.end - work.keys.begin;
-      CHECK(work.first_key >= 0 && count > 0 && work.first_key + count <= params.total_k, "index ", index);
-      const QueryTile last = work.queries.tile(work.queries.count() - 1);
-      CHECK(work.rows.row(Regime::kSucc, work.queries.begin) >= 0, "index ", index);
-      CHECK(work.rows.row(Regime::kSucc, last.end - 1) < params.total_q, "index ", index);
-      CHECK(work.first_turn + work.queries.count() <= room, "index ", index);
+      if (!describe_key_tile(own, attending, packed.params, packed.workspace, keys, index, 64, 128)) continue;
+      const int count = own.keys.end - own.keys.begin;
+      CHECK(own.first_key >= 0 && count > 0 && own.first_key + count <= params.total_k, "index ", index);
+      const QueryTile last = attending.tiling.tile(attending.tiling.count() - 1);
+      CHECK(attending.rows.row(Regime::kSucc, attending.tiling.begin) >= 0, "index ", index);
+      CHECK(attending.rows.row(Regime::kSucc, last.end - 1) < params.total_q, "index ", index);
+      CHECK(attending.first_turn + attending.tiling.count() <= room, "index ", index);
     }
   }
 }

@@ -23,9 +23,10 @@ using chunkattn::QueryTiling;
 using chunkattn::Regime;
 using chunkattn::regime_rows;
 using chunkattn::RegimeRows;
+using chunkattn::cuda::AttendingQueries;
 using chunkattn::cuda::AttendingTile;
+using chunkattn::cuda::ChunkKeyTile;
 using chunkattn::cuda::describe_key_tile;
-using chunkattn::cuda::KeyTileWork;
 using chunkattn::cuda::make_key_tile_schedule;
 using chunkattn::cuda::QueryTileWalk;
 using chunkattn::cuda::TileSchedule;
@@ -129,15 +130,16 @@ void test_schedule(int batch, int kv_heads, int seqlen, bool in_turns) {
   workspace.turns = in_turns ? &turns : nullptr;
   const TileSchedule schedule = make_key_tile_schedule(params, workspace, 128);
   std::vector<int> next(batch * kv_heads, 0);
-  KeyTileWork work;
+  ChunkKeyTile own;
+  AttendingQueries queries;
   for (int index = 0; index < schedule.count(); ++index) {
-    CHECK(describe_key_tile(work, params, workspace, schedule, index, 64, 128), "index ", index);
-    int& expected = next[work.batch * kv_heads + work.kv_head];
-    CHECK(work.tile == expected, "index ", index, " tile ", work.tile);
-    expected = work.tile + 1;
-    if (in_turns) CHECK(work.tile == index / (batch * kv_heads), "index ", index, " tile ", work.tile);
+    CHECK(describe_key_tile(own, queries, params, workspace, schedule, index, 64, 128), "index ", index);
+    int& expected = next[own.batch * kv_heads + own.kv_head];
+    CHECK(own.order == expected, "index ", index, " tile ", own.order);
+    expected = own.order + 1;
+    if (in_turns) CHECK(own.order == index / (batch * kv_heads), "index ", index, " tile ", own.order);
   }
-  CHECK(!describe_key_tile(work, params, workspace, schedule, schedule.count(), 64, 128), "behind the last");
+  CHECK(!describe_key_tile(own, queries, params, workspace, schedule, schedule.count(), 64, 128), "behind the last");
   for (int tiles : next) CHECK(tiles == schedule.tiles, "tiles ", tiles);
 }
 

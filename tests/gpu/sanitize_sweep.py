@@ -248,6 +248,11 @@ PROBLEMS = [
     SelectMerge(260, 96, region_size=3, top_k=9, merge=11, eligibility="row", index_heads="q", dtype=torch.float16),
     SelectMerge(200, 256, region_size=1, top_k=40, merge=16, kv_heads=4),
     SelectMerge(190, 40, region_size=8, top_k=100, merge=1, heads=6, kv_heads=1),
+    SelectMerge(330, 128, region_size=16, top_k=9, merge=5, index_heads="q"),
+    SelectMerge(290, 256, region_size=8, top_k=20, merge=9, kv_heads=4, dtype=torch.float16),
+    SelectMerge(290, 256, region_size=8, top_k=20, merge=9),
+    SelectMerge(400, 64, region_size=24, top_k=8, merge=7, batch=2),
+    SelectMerge(400, 64, region_size=24, top_k=8, merge=7, index_heads="q", dtype=torch.float16),
 ]
 
 

@@ -727,7 +727,9 @@ def static_steps(model, step, tokens, prompt):
     cache = transformers.StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 5)
     pieces = [logits(model, tokens[:, :prompt], past_key_values=cache)]
     with torch.no_grad():
-        pieces += [step(tokens[:, n : n + 1], past_key_values=cache).logits for n in range(prompt, tokens.shape[1])]
+        for n in range(prompt, tokens.shape[1]):
+            # The next replay of a CUDA graph overwrites what this one returned.
+            pieces.append(step(tokens[:, n : n + 1], past_key_values=cache).logits.clone())
     return torch.cat(pieces, dim=1)
 
 

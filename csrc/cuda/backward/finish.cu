@@ -1,4 +1,5 @@
-// dQ: the sum of the regimes' float32 gradients, each rotated back to the queries that were passed in, and scaled.
+// dQ: the sum of the regimes' float32 gradients, each rotated back to the queries that were passed in, and scaled. dK
+// and dV where they are float32 sums: rounded.
 #include "cuda/backward/launchers.h"
 #include "cuda/backward/rows.cuh"
 #include "cuda/common/softmax.cuh"
@@ -87,7 +88,59 @@ __global__ void __launch_bounds__(kRowThreads)
   });
 }
 
+// The grid's second dimension says which of the two, its third counts batch rows. A thread has a chunk of a row.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads)
+    round_key_gradients_kernel(const __grid_constant__ BackwardParams params, KeyGradientSums sums, bool dk_aligned,
+                               bool dv_aligned) {
+  const AttentionShape& shape = params.forward.shape;
+  const bool keys = blockIdx.y == 0;
+  const Strides& strides = keys ? params.dk_strides : params.dv_strides;
+  const int chunks = (shape.head_dim + kChunk - 1) / kChunk;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  const int64_t row = index / chunks;  // of [seqlen, kv_heads]
+  const int d = static_cast<int>(index % chunks) * kChunk;
+  const int64_t token = row / shape.kv_heads;
+  const int head = static_cast<int>(row % shape.kv_heads);
+  if (token >= shape.seqlen_k) return;
+  const GradientPieces pieces{shape.seqlen_k, shape.head_dim};
+  for (int batch = blockIdx.z; batch < shape.batch; batch += gridDim.z) {
+    const int64_t plane = static_cast<int64_t>(batch) * shape.kv_heads + head;
+    const float* source = (keys ? sums.dk : sums.dv) + pieces.offset(plane, static_cast<int>(token)) +
+                          d / GradientPieces::kColumns * GradientPieces::kElements;
+    T* target = static_cast<T*>(keys ? params.dk : params.dv) + batch * strides.batch + token * strides.seq +
+                head * strides.head + d;
+    if (keys ? dk_aligned : dv_aligned) {
+      float x[kChunk];
+      load_floats(source, x);
+      *reinterpret_cast<uint4*>(target) = pack8<T>(x);
+    } else {
+      for (int i = 0; i < kChunk && d + i < shape.head_dim; ++i) target[i] = from_float<T>(source[i]);
+    }
+  }
+}
+
+template <typename T>
+const char* launch_round_key_gradients(const BackwardParams& params, const KeyGradientSums& sums, cudaStream_t stream) {
+  const AttentionShape& shape = params.forward.shape;
+  const int64_t chunks = (shape.head_dim + kChunk - 1) / kChunk;
+  const int64_t threads = static_cast<int64_t>(shape.seqlen_k) * shape.kv_heads * chunks;
+  const int64_t blocks = (threads + kRowThreads - 1) / kRowThreads;
+  if (blocks > INT32_MAX) return "k has too many elements for one launch";
+  const dim3 grid(static_cast<unsigned>(blocks), 2, shape.batch < 65535 ? shape.batch : 65535);
+  round_key_gradients_kernel<T>
+      <<<grid, kRowThreads, 0, stream>>>(params, sums, rows_aligned(params.dk, params.dk_strides, shape.head_dim),
+                                         rows_aligned(params.dv, params.dv_strides, shape.head_dim));
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
 }  // namespace
+
+const char* launch_round_key_gradients(const BackwardParams& params, const KeyGradientSums& sums, cudaStream_t stream) {
+  return params.forward.dtype == DataType::kBFloat16 ? launch_round_key_gradients<__nv_bfloat16>(params, sums, stream)
+                                                     : launch_round_key_gradients<__half>(params, sums, stream);
+}
 
 const char* launch_finish(const BackwardParams& params, const BackwardWorkspace& workspace,
                           const BackwardVectorPaths& vectorized, cudaStream_t stream) {

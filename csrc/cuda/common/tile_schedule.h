@@ -32,21 +32,23 @@ struct TileSchedule {
 
   // Of an index that it has.
   CHUNKATTN_HOST_DEVICE Item item(int index) const {
-    if (sequences == nullptr) return item_of_planes(index, tiles, group);
+    if (sequences == nullptr) return plain_item(index);
     const SequenceTiles sequence = sequence_of(index);
-    const Item item = item_of_planes(index - sequence.first_item, sequence.tiles, sequence.group);
+    const TileSchedule own{sequence.tiles, planes, sequence.group};
+    const Item item = own.plain_item(index - sequence.first_item);
     return {item.tile, sequence.batch * planes + item.plane};
   }
 
- private:
-  CHUNKATTN_HOST_DEVICE Item item_of_planes(int index, int tiles_of_plane, int planes_of_group) const {
-    const int per_group = tiles_of_plane * planes_of_group;
-    const int first_plane = index / per_group * planes_of_group;
+  // The same of a plain batch: a kernel that takes no other need not know where sequences begin.
+  CHUNKATTN_HOST_DEVICE Item plain_item(int index) const {
+    const int per_group = tiles * group;
+    const int first_plane = index / per_group * group;
     const int within = index % per_group;
-    const int size = planes - first_plane < planes_of_group ? planes - first_plane : planes_of_group;
-    return {tiles_of_plane - 1 - within / size, first_plane + within % size};
+    const int size = planes - first_plane < group ? planes - first_plane : group;
+    return {tiles - 1 - within / size, first_plane + within % size};
   }
 
+ private:
   // The last one that begins at the index or before it. Those without tiles are the last of all.
   CHUNKATTN_HOST_DEVICE SequenceTiles sequence_of(int index) const {
     int begin = 0, end = batch;
@@ -58,14 +60,14 @@ struct TileSchedule {
   }
 };
 
-// How many of kv_planes KV heads make a group, each of which reads so many bytes again and again.
-CHUNKATTN_HOST_DEVICE int64_t kv_planes_of_group(int64_t kv_planes, int64_t bytes) {
+// How many of so many planes make a group, each of which needs so many bytes again and again.
+CHUNKATTN_HOST_DEVICE int64_t planes_of_group(int64_t planes, int64_t bytes) {
   constexpr int64_t kCacheBytes = 32 << 20;  // of an L2 cache of 40 MB or more, what they may take
   const int64_t fitting = bytes <= 0 ? kCacheBytes : bytes < kCacheBytes ? kCacheBytes / bytes : 1;
   // Groups of equal size: a small last one would have too few long tiles to go round, and the device would wait for
   // them.
-  const int64_t groups = (kv_planes + fitting - 1) / fitting;
-  return (kv_planes + groups - 1) / groups;
+  const int64_t groups = (planes + fitting - 1) / fitting;
+  return (planes + groups - 1) / groups;
 }
 
 // K and V of a head, in 16-bit elements.
@@ -77,7 +79,7 @@ CHUNKATTN_HOST_DEVICE int64_t key_value_bytes(int seqlen_k, int head_dim) {
 inline TileSchedule schedule_tiles(const ForwardParams& params, int tiles) {
   const AttentionShape& shape = params.shape;
   const int64_t kv_planes = static_cast<int64_t>(shape.batch) * shape.kv_heads;
-  const int64_t group = kv_planes_of_group(kv_planes, key_value_bytes(shape.seqlen_k, shape.head_dim));
+  const int64_t group = planes_of_group(kv_planes, key_value_bytes(shape.seqlen_k, shape.head_dim));
   return {tiles, shape.batch * shape.heads, static_cast<int>(group * (shape.heads / shape.kv_heads))};
 }
 
@@ -117,7 +119,7 @@ struct PackedQueryTiles {
   CHUNKATTN_HOST_DEVICE int group(int batch) const {
     const AttentionShape& shape = params.shape;
     const int64_t bytes = key_value_bytes(params.sequence(batch).seqlen_k, shape.head_dim);
-    return static_cast<int>(kv_planes_of_group(shape.kv_heads, bytes)) * (shape.heads / shape.kv_heads);
+    return static_cast<int>(planes_of_group(shape.kv_heads, bytes)) * (shape.heads / shape.kv_heads);
   }
 };
 

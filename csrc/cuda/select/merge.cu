@@ -74,25 +74,25 @@ __global__ void __launch_bounds__(kSortThreads) sort_lists_kernel(const __grid_c
   extern __shared__ uint64_t sort_memory[];
   const int team = threadIdx.x / kTeam;
   const int row = blockIdx.x * (kSortThreads / kTeam) + team;
-  const int row_end = pass.rule.row_end(row);
+  const int row_end = pass.row_end(blockIdx.y, row);
   if (row_end == 0) return;
-  const int top_k = pass.rule.top_k;
-  uint64_t* list = pass.workspace.lists + (static_cast<int64_t>(blockIdx.y) * pass.rule.regions + row) * top_k;
-  uint64_t* entries = kInShared ? sort_memory + team * top_k : list;
+  const int listed = pass.listed;
+  uint64_t* list = pass.workspace.lists + (static_cast<int64_t>(blockIdx.y) * pass.rule.regions + row) * listed;
+  uint64_t* entries = kInShared ? sort_memory + team * listed : list;
   if constexpr (kInShared) {
-    for (int i = threadIdx.x % kTeam; i < top_k; i += kTeam) entries[i] = list[i];
+    for (int i = threadIdx.x % kTeam; i < listed; i += kTeam) entries[i] = list[i];
     sync_team<kTeam>();
   }
-  sort_by_team<kTeam>(entries, top_k, [](uint64_t a, uint64_t b) { return a > b; });
-  complete_list<kTeam>(entries, row_end < top_k ? row_end : top_k);
+  sort_by_team<kTeam>(entries, listed, [](uint64_t a, uint64_t b) { return a > b; });
+  complete_list<kTeam>(entries, row_end < listed ? row_end : listed);
   sync_team<kTeam>();
   int* ids = reinterpret_cast<int*>(list);
-  for (int first = 0; first < top_k; first += kTeam) {
+  for (int first = 0; first < listed; first += kTeam) {
     const int i = first + threadIdx.x % kTeam;
-    const int id = i < top_k ? listed_region(entries[i]) : 0;
+    const int id = i < listed ? listed_region(entries[i]) : 0;
     // Ids are written over entries that come before theirs, or with them, and that others read.
     if constexpr (!kInShared) sync_team<kTeam>();
-    if (i < top_k) ids[i] = id;
+    if (i < listed) ids[i] = id;
   }
 }
 
@@ -145,28 +145,28 @@ __device__ __forceinline__ int place_among(bool chosen, int* warp_counts, int* p
 }
 
 // The rows' lists of ids are walked rank by rank, and within a rank in steps of kMergeThreads rows. Writes the regions
-// that are seen first, at most top_k, and returns how many there are.
+// that are seen first, at most top_k, and returns how many there are; -1 where the lists are too short to tell.
 __device__ __forceinline__ int walk_lists(const SelectPass& pass, int group, int plane, const RegionTable& table,
                                           int* kept) {
   __shared__ int warp_counts[kMergeThreads / 32];
   const SelectionRule& rule = pass.rule;
-  const int voters = rule.voter_count(group), top_k = rule.top_k;
+  const int voters = rule.voter_count(group), top_k = rule.top_k, ranks = pass.listed;
   const int64_t first_row = static_cast<int64_t>(plane) * rule.regions + rule.first_voter(group);
   const auto load = [&](int rank, int step) {
     const int row = step * kMergeThreads + threadIdx.x;
-    if (row >= voters || rank >= top_k) return RegionTable::kNone;
-    return reinterpret_cast<const int*>(pass.workspace.lists + (first_row + row) * top_k)[rank];
+    if (row >= voters || rank >= ranks) return RegionTable::kNone;
+    return reinterpret_cast<const int*>(pass.workspace.lists + (first_row + row) * ranks)[rank];
   };
   const int steps = (voters + kMergeThreads - 1) / kMergeThreads;
   int count = 0, rank = 0, step = 0;
-  bool listed = false;  // by any row at this rank
+  bool occupied = false;  // by any row, this rank
   int next = load(0, 0);
-  while (rank < top_k && count < top_k) {
+  while (rank < ranks && count < top_k) {
     const int region = next;
     const bool last = step + 1 == steps;
     next = last ? load(rank + 1, 0) : load(rank, step + 1);
     const int slot = region == RegionTable::kNone ? -1 : table.find(region);
-    listed |= __syncthreads_or(slot >= 0) != 0;
+    occupied |= __syncthreads_or(slot >= 0) != 0;
     const bool first_seen = slot >= 0 && table.finders[slot] == static_cast<int>(threadIdx.x);
     int place;
     const int found = place_among(first_seen, warp_counts, &place);
@@ -176,14 +176,14 @@ __device__ __forceinline__ int walk_lists(const SelectPass& pass, int group, int
     }
     count = count + found < top_k ? count + found : top_k;
     if (last) {
-      if (!listed) break;
-      listed = false;
+      if (!occupied) break;
+      occupied = false;
       ++rank;
     }
     step = last ? 0 : step + 1;
     __syncthreads();  // the table says what is kept
   }
-  return count;
+  return count < top_k && rank == ranks && ranks < top_k ? -1 : count;
 }
 
 // Of the table and the regions kept.
@@ -208,12 +208,15 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
       for (int i = threadIdx.x; i < top_k; i += kMergeThreads) indices[i] = i < all ? i : -1;
       continue;
     }
+    if (!pass.to_merge(plane, group)) continue;
     const RegionTable table{memory, memory + slots, slots};
     int* kept = memory + 2 * slots;
     table.clear();
     __syncthreads();
     const int count = walk_lists(pass, group, plane, table, kept);
+    if (threadIdx.x == 0) pass.workspace.unmerged[work] = count < 0 ? 1 : 0;
     __syncthreads();
+    if (count < 0) continue;
     sort_by_team<kMergeThreads>(kept, count, [](int a, int b) { return a < b; });
     for (int i = threadIdx.x; i < top_k; i += kMergeThreads) indices[i] = i < count ? kept[i] : -1;
     __syncthreads();
@@ -224,10 +227,10 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
 
 const char* launch_sort_lists(const SelectPass& pass, cudaStream_t stream) {
   constexpr int kLargestOfWarp = 512;
-  const int top_k = pass.rule.top_k;
-  const bool by_warp = top_k <= kLargestOfWarp, in_shared = top_k <= kLargestTopKInShared;
+  const int listed = pass.listed;
+  const bool by_warp = listed <= kLargestOfWarp, in_shared = listed <= kLargestTopKInShared;
   const int rows_per_block = by_warp ? kSortThreads / 32 : 1;
-  const size_t shared_bytes = in_shared ? static_cast<size_t>(rows_per_block) * top_k * sizeof(uint64_t) : 0;
+  const size_t shared_bytes = in_shared ? static_cast<size_t>(rows_per_block) * listed * sizeof(uint64_t) : 0;
   const dim3 grid((pass.rule.regions + rows_per_block - 1) / rows_per_block, pass.planes);
   const auto kernel = by_warp     ? &sort_lists_kernel<32, true>
                       : in_shared ? &sort_lists_kernel<kSortThreads, true>
