@@ -23,6 +23,7 @@ benchmark_backward = importlib.import_module("benchmark_backward")
 benchmark_decode = importlib.import_module("benchmark_decode")
 benchmark_forward = importlib.import_module("benchmark_forward")
 benchmark_select_merge = importlib.import_module("benchmark_select_merge")
+benchmark_varlen = importlib.import_module("benchmark_varlen")
 gpu_session = importlib.import_module("gpu_session")
 sanitize_sweep = importlib.import_module("sanitize_sweep")
 
@@ -51,6 +52,10 @@ def run_backward(path, *arguments):
     return run_benchmark(benchmark_backward, path, *arguments)
 
 
+def run_varlen(path, *arguments):
+    return run_benchmark(benchmark_varlen, path, "--shape", "b3-s96-h4/2-d16", "--dca", "64:16", *arguments)
+
+
 class TestShape:
     @pytest.mark.parametrize("text", ["s8192-h32-d128", "s32768-h32/8-d128", "b2-s1/4096-h8-d64"])
     def test_round_trip(self, text):
@@ -69,6 +74,20 @@ class TestShape:
         assert shape.flops() == 2 * 2 * 3 * 1024 * 1024 * 64
         assert shape.flops("backward") == 2.5 * shape.flops()
         assert common.Shape.parse("s1/4k-h1-d64").flops() == pytest.approx(4 * 64 * 4096, rel=1e-3)
+
+
+class TestPackedShape:
+    def test_lengths(self):
+        lengths = benchmark_varlen.PackedShape.parse("b64-s8k-h32/8-d128").lengths
+        assert len(lengths) == 64
+        assert all(512 <= length <= 8192 for length in lengths)
+        assert len(set(lengths)) > 50
+        assert lengths == benchmark_varlen.PackedShape.parse("b64-s8k-h4-d64").lengths
+
+    def test_flops(self):
+        shape = benchmark_varlen.PackedShape.parse("b5-s1k-h3-d64")
+        assert shape.flops() == sum(2 * 3 * length * length * 64 for length in shape.lengths)
+        assert shape.flops("forward+backward") == 3.5 * shape.flops()
 
 
 def test_one_chunk_holds_all_keys():
@@ -283,6 +302,62 @@ class TestForward:
     def test_once_times_nothing(self, tmp_path):
         status, results = run_forward(tmp_path / "forward.json", "--once", "--impls", "chunkattn")
         assert (status, results["rows"]) == (0, [])
+
+
+@pytest.mark.usefixtures("quick_ceilings")
+class TestVarlen:
+    def test_results(self, tmp_path):
+        status, results = run_varlen(tmp_path / "varlen.json")
+        assert status == 0
+        assert results["header"]["benchmark"] == "varlen"
+        impls = ("chunkattn", "chunkattn-alone", "chunkattn-longest")
+        passes = ("forward", "forward+backward")
+        assert [(row["pass"], row["impl"]) for row in results["rows"]] == [(p, impl) for p in passes for impl in impls]
+        for row in results["rows"]:
+            assert row.keys() >= ROW_FIELDS
+            assert 0 < row["max_error"] < 0.2
+            assert row["batch"] == (1 if row["impl"] == "chunkattn-longest" else 3)
+        assert {"fa3", "chunkattn-portable"} <= results["absent"].keys()
+
+    def test_wrong_output_is_not_timed(self, monkeypatch, tmp_path):
+        correct = peers.chunkattn_step
+
+        def spoiled(name, *arguments):
+            def call():
+                results = correct(name, *arguments)()
+                if name == "dca_varlen":
+                    results[0][-1] += 0.5
+                return results
+
+            return call
+
+        monkeypatch.setattr(peers, "chunkattn_step", spoiled)
+        status, results = run_varlen(tmp_path / "varlen.json", "--impls", "chunkattn", "chunkattn-alone")
+        assert status == 1
+        assert {row["impl"] for row in results["rows"]} == {"chunkattn-alone"}
+        assert [failure["error"].partition(":")[0] for failure in results["failed"]] == [
+            "output is wrong",
+            "dq is wrong",
+        ]
+
+    def test_packed_fa3(self):
+        called = []
+
+        def fwd(*tensors, **keywords):
+            called.append((tensors, keywords))
+            return "out", "lse", None, None
+
+        def bwd(*tensors, **keywords):
+            called.append((tensors, keywords))
+            return "dq", "dk", "dv", None
+
+        ops = types.SimpleNamespace(fwd=fwd, bwd=bwd)
+        packing = {"cu_seqlens_q": 1, "max_seqlen_q": 2}
+        assert peers.packed_fa3_call(ops, "q", "k", "v", "dout", packing, False)() == ("out",)
+        assert peers.packed_fa3_call(ops, "q", "k", "v", "dout", packing, True)() == ("dq", "dk", "dv")
+        keywords = packing | {"is_causal": True}
+        assert called[-1] == (("dout", "q", "k", "v", "out", "lse"), keywords)
+        assert called[0] == (("q", "k", "v"), keywords)
 
 
 @pytest.mark.usefixtures("quick_ceilings")
@@ -724,7 +799,7 @@ class TestGpuSession:
         assert status == 1
         assert stages["sanitizer"]["detail"] == "compute-sanitizer was not found"
 
-    @pytest.mark.parametrize("stage", ["forward", "backward", "decode", "select_merge"])
+    @pytest.mark.parametrize("stage", ["forward", "backward", "varlen", "decode", "select_merge"])
     def test_benchmark_stage(self, monkeypatch, tmp_path, stage):
         run = []
         monkeypatch.setattr(gpu_session, "run_limited", lambda command, *_: run.append(list(map(str, command))) or 0)

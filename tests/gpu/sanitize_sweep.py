@@ -231,6 +231,8 @@ PROBLEMS = [
     Varlen(((5, 60), (1, 130), (0, 33), (70, 191)), 64, 96, 32, temperature=True),
     Varlen(((96, 96), (33, 290)), 256, 77, 13, kv_heads=4, dtype=torch.float16),
     Varlen(((30, 30), (100, 100), (7, 9)), 40, 32, 8, heads=6, kv_heads=1),
+    Varlen(((129, 129), (1, 200), (200, 260), (64, 64)), 64, 200, 77, temperature=True),
+    Varlen(((129, 129), (1, 200), (200, 260), (64, 64)), 256, 200, 77),
     Decode((0, 1, 63, 64, 65, 200), 128),
     Decode((150, 0, 37), 64, page_size=16),
     Decode((500, 131), 128, page_size=64, num_splits=3, heads=8, kv_heads=1),
