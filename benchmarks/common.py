@@ -3,7 +3,7 @@
 A result file is JSON: ``header`` (machine, versions, source tree, ceilings), ``rows`` (one per measurement), ``absent``
 (implementation to reason) and ``failed`` (what was tried and broke). A row is ``{impl, pass, batch, heads, kv_heads,
 seq_q, seq_k, head_dim, dtype, chunk_size, local_size, ms, ms_spread, tflops or gbps, max_error}`` with null where a
-field has no meaning: dense attention has no chunk_size.
+field has no meaning: dense attention has no chunk_size. Rows of decoding say how the ``cache`` lies in memory.
 """
 
 import importlib.metadata
@@ -25,6 +25,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKWARD_FLOPS = 2.5  # of the forward's: five products instead of two
+FLOPS = {"forward": 1, "backward": BACKWARD_FLOPS, "forward+backward": 1 + BACKWARD_FLOPS}
 
 # Logs are not terminals: without a fixed width rich would fold the tables at 80 columns.
 console = Console(width=None if os.isatty(1) else 120, soft_wrap=False)
@@ -66,8 +67,7 @@ class Shape:
     def flops(self, pass_="forward"):
         """Causal FLOPs, as FlashAttention counts them: 2 B H N N D for N queries and N keys."""
         pairs = self.seq_q * (self.seq_k - self.seq_q / 2)
-        forward = 4 * self.batch * self.heads * pairs * self.head_dim
-        return forward * (BACKWARD_FLOPS if pass_ == "backward" else 1)
+        return 4 * self.batch * self.heads * pairs * self.head_dim * FLOPS[pass_]
 
     def random_inputs(self, device, seed=0):
         """q [B, Sq, H, D], k and v [B, Sk, Hkv, D], normally distributed."""
@@ -162,7 +162,7 @@ def make_clock(device):
     return CudaClock(device) if torch.device(device).type == "cuda" else CpuClock()
 
 
-def time_interleaved(functions, clock, *, rounds=11, seconds=0.7):
+def time_interleaved(functions, clock, *, rounds=11, fewest_rounds=5, seconds=0.7):
     """Times functions against each other: every round runs each of them, in another order each time.
 
     Clocks move under load, so times taken one implementation after the other do not compare. Nor would they in a fixed
@@ -171,17 +171,20 @@ def time_interleaved(functions, clock, *, rounds=11, seconds=0.7):
     Args:
         functions: name to function without arguments. Each is called once to warm up.
         clock: from :func:`make_clock`.
-        rounds: at least this many samples are taken of each.
+        rounds: how many there are, so many samples at least are taken of each. The power budget follows what ran just
+            before, so many short rounds compare better than a few long ones.
+        fewest_rounds: how many there are of functions so slow that more would not fit in ``seconds``.
         seconds: roughly how long each function runs in all rounds together.
 
     Returns:
         name to :class:`Timing`.
     """
-    repeats = {}
+    estimates = {}
     for name, function in functions.items():
         clock(function, 1)
-        estimate = clock(function, 1)[0] / 1e3
-        repeats[name] = max(1, min(100, int(seconds / rounds / max(estimate, 1e-6))))
+        estimates[name] = max(clock(function, 1)[0] / 1e3, 1e-6)
+    rounds = min(rounds, max(fewest_rounds, int(seconds / max(estimates.values()))))
+    repeats = {name: max(1, min(100, int(seconds / rounds / estimate))) for name, estimate in estimates.items()}
     names = list(functions)
     samples = {name: [] for name in names}
     for turn in range(rounds):
@@ -250,10 +253,12 @@ def make_header(benchmark, device, ceilings=None, **settings):
     }
 
 
-def make_row(impl, pass_, shape, timing, *, setting=None, bytes_moved=None, max_error=None, **extra):
-    """A row of a result file. With ``bytes_moved`` the rate is in GB/s, otherwise in TFLOP/s of causal FLOPs."""
+def make_row(impl, pass_, shape, timing, *, setting=None, bytes_moved=None, flops=None, max_error=None, **extra):
+    """A row of a result file. With ``bytes_moved`` the rate is in GB/s, otherwise in TFLOP/s: of ``flops``, or of
+    causal attention's."""
     if bytes_moved is None:
-        rate = {"tflops": _significant(shape.flops(pass_) / timing.ms / 1e9)}
+        flops = shape.flops(pass_) if flops is None else flops
+        rate = {"tflops": _significant(flops / timing.ms / 1e9)}
     else:
         rate = {"gbps": _significant(bytes_moved / timing.ms / 1e6)}
     return {
@@ -306,7 +311,8 @@ def print_rows(title, rows, ceilings=None):
         share = f"{row[unit] / ceilings[ceiling]:.1%}" if ceilings else ""
         rate = f"{row[unit]:.4g} {'TFLOP/s' if unit == 'tflops' else 'GB/s'}"
         error = "" if row["max_error"] is None else f"{row['max_error']:.2e}"
-        table.add_row(row["impl"], setting, f"{row['ms']:.4g}", f"{row['ms_spread']:.2g}", rate, share, error)
+        impl = f"{row['impl']}, {row['cache']}" if row.get("cache") else row["impl"]
+        table.add_row(impl, setting, f"{row['ms']:.4g}", f"{row['ms_spread']:.2g}", rate, share, error)
     console.print(table)
 
 

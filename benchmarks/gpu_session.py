@@ -3,9 +3,11 @@
     python benchmarks/gpu_session.py --wheel dist/chunkattn-*.whl --fa3 DIR --output results
 
 Stages: pytest (the GPU suite), sanitizer (compute-sanitizer over tests/gpu/sanitize_sweep.py), forward
-(benchmark_forward.py) and, when asked for, backward (benchmark_backward.py), finetune (benchmark_finetune.py) and ncu
-(a profile of one shape). A stage that fails or runs out of time does not stop the others. Logs and result files go to
-the output folder, the summary comes last, and the exit status is 1 if a stage failed.
+(benchmark_forward.py) and, when asked for, backward (benchmark_backward.py), varlen (benchmark_varlen.py), decode
+(benchmark_decode.py), select_merge (benchmark_select_merge.py), finetune (benchmark_finetune.py) and ncu (a profile of
+one shape). A stage that fails or runs out of time does not stop the others. Logs and result files go to the output
+folder, the summary comes last, and the exit status is 1 if a stage
+failed.
 """
 
 import argparse
@@ -25,9 +27,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["pytest", "sanitizer", "forward", "backward", "finetune", "ncu"]
-PASSES = ["forward", "backward"]
-BENCHMARKS = [*PASSES, "finetune"]
+STAGES = ["pytest", "sanitizer", "forward", "backward", "varlen", "decode", "select_merge", "finetune", "ncu"]
+PASSES = ["forward", "backward", "decode"]
+BESIDE_PEERS = [*PASSES, "varlen", "select_merge"]
+BENCHMARKS = [*BESIDE_PEERS, "finetune"]
 DEFAULT_STAGES = ["pytest", "sanitizer", "forward"]
 TAIL_LINES = 40
 SANITIZER_SHARES = 7  # processes of one tool at a time: it is the host that a sanitizer keeps busy
@@ -128,7 +131,7 @@ class Session:
             # Shapes differ in time by a factor of 50: a quarter of the time is kept for the one under way.
             arguments = ["--json", self.output / f"{stage}.json", "--time-limit", f"{0.75 * seconds:.0f}"]
             arguments += shlex.split(getattr(options, f"{stage}_args"))
-            if options.fa3 and stage in PASSES:
+            if options.fa3 and stage in BESIDE_PEERS:
                 arguments += ["--fa3", options.fa3]
             return [[([python, f"benchmarks/benchmark_{stage}.py", *arguments], {})]]
         tool = find_tool("ncu", "/opt/nvidia/nsight-compute/*/ncu", "/usr/local/cuda*/nsight-compute*/ncu")
@@ -204,7 +207,7 @@ class Session:
         (self.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         print("\nsummary")
         for result in self.results:
-            print(f"{result.stage:10} {result.status:10} {result.seconds:7.1f} s  {result.detail}")
+            print(f"{result.stage:12} {result.status:10} {result.seconds:7.1f} s  {result.detail}")
         return all(result.status == "passed" for result in self.results)
 
 
@@ -245,16 +248,28 @@ def parse_arguments(argv):
     parser.add_argument("--output", default="gpu-session", help="folder for logs and result files")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=DEFAULT_STAGES)
     parser.add_argument("--budget", type=float, default=570, help="seconds for all stages together")
-    limits = {"pytest": 180, "sanitizer": 120, "forward": 260, "backward": 260, "finetune": 200, "ncu": 100}
+    limits = {
+        "pytest": 180,
+        "sanitizer": 120,
+        "forward": 260,
+        "backward": 260,
+        "varlen": 120,
+        "decode": 120,
+        "select_merge": 120,
+        "finetune": 200,
+        "ncu": 100,
+    }
     for stage, seconds in limits.items():
-        parser.add_argument(f"--{stage}-limit", type=float, default=seconds, help=f"seconds, default {seconds}")
+        parser.add_argument(
+            f"--{stage.replace('_', '-')}-limit", type=float, default=seconds, help=f"seconds, default {seconds}"
+        )
     parser.add_argument("--fa3", metavar="DIR", help="folder with FlashAttention-3: see peers.load_fa3")
     parser.add_argument("--git-tree", help="tree of the sources, with the suffix -dirty if they differ from it")
     parser.add_argument("--pytest-args", default="-q tests", help="one string, default: %(default)s")
     parser.add_argument("--sanitizer-tools", default="memcheck", help="comma-separated: memcheck,racecheck,synccheck")
     for benchmark in BENCHMARKS:
         text = f"further arguments of benchmark_{benchmark}.py, one string"
-        parser.add_argument(f"--{benchmark}-args", default="", help=text)
+        parser.add_argument(f"--{benchmark.replace('_', '-')}-args", default="", help=text)
     parser.add_argument("--ncu-pass", choices=PASSES, default="forward", help="default: %(default)s")
     parser.add_argument("--ncu-shape", default="s16k-h32-d128")
     parser.add_argument("--ncu-kernel", default="chunkattn", help="regular expression over demangled kernel names")

@@ -39,6 +39,9 @@ class Engine:
     # (dout, q, k, v, out, lse, causal) -> dq, dk, dv. With the out and lse of a softmax over further keys these are the
     # part that the given keys have in the gradients.
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    # (q [B, 1, H, D], k, v [B, capacity, Hkv, D], lengths int32 [B], None) -> out; or with pages [num_pages, page_size,
+    # Hkv, D] as k and v and a block table
+    decode: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
 
 def load_fa3(folder):
@@ -77,7 +80,10 @@ def fa3_engine(folder):
     def backward(dout, q, k, v, out, lse, causal):
         return ops.bwd(dout, q, k, v, out, lse, is_causal=causal)[:3]
 
-    return Engine(lambda q, k, v: with_lse(q, k, v, True)[0], with_lse, backward)
+    def decode(q, k, v, lengths, block_table):
+        return ops.fwd(q, k, v, seqused_k=lengths, page_table=block_table, is_causal=True)[0]
+
+    return Engine(lambda q, k, v: with_lse(q, k, v, True)[0], with_lse, backward, decode)
 
 
 def _sdpa(backend, q, k, v):
@@ -136,7 +142,14 @@ def cpu_engine():
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, *(x.unflatten(2, (kv_heads, -1)).sum(dim=3) for x in (dk, dv))
 
-    return Engine(functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), with_lse, backward)
+    def decode(q, k, v, lengths, block_table):
+        if block_table is not None:
+            k, v = (x[block_table.long()].flatten(1, 2) for x in (k, v))
+        mask = torch.arange(k.shape[1], device=k.device) < lengths.reshape(-1, 1, 1, 1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return Engine(functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), with_lse, backward, decode)
 
 
 def find_engines(device, fa3_folder=None):
@@ -164,6 +177,40 @@ def flex_attention(q, k, v):
     torch._dynamo.reset()  # every shape compiles anew: without this the limit on recompilations is reached
     make_mask = torch.compile(flex.create_block_mask)
     mask = make_mask(causal_mask, None, None, q.shape[1], k.shape[1], device=q.device.type)
+    attend = torch.compile(flex.flex_attention, dynamic=False)
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return lambda: attend(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+
+def flex_regions(q, k, v, indices, lists, block=128):
+    """A call of FlexAttention that executes as much as select-and-merge attention, compiled for these inputs.
+
+    Its masks are made of blocks of 128 keys, and of 16 it would be slow. So a group attends to as many blocks as its
+    listed regions fill, those of most of them, and to its own tokens causally.
+    """
+    from torch.nn.attention import flex_attention as flex
+
+    torch._dynamo.reset()
+    blocks, per_group = -(-k.shape[1] // block), lists.group // block
+    place = torch.arange(blocks, device=q.device)
+    kept = torch.zeros(*indices.shape[:3], blocks + 1, device=q.device)
+    listed = torch.where(indices >= 0, indices * lists.region_size // block, blocks)
+    kept.scatter_add_(-1, listed.long(), torch.ones_like(listed, dtype=kept.dtype))
+    count = (indices >= 0).sum(dim=-1, keepdim=True) * lists.region_size // block
+    rank = kept[..., :blocks].argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    # [B, H, blocks of queries, blocks of keys]
+    whole = (rank < count).repeat_interleave(per_group, dim=2)[:, :, :blocks]
+    own = place[:, None] // per_group == place[None, :] // per_group
+    whole = (whole | (own & (place[:, None] > place[None, :]))).repeat_interleave(q.shape[2] // whole.shape[1], dim=1)
+    diagonal = torch.eye(blocks, dtype=torch.bool, device=q.device).expand_as(whole)
+
+    def packed(mask):
+        indices = mask.int().argsort(dim=-1, descending=True, stable=True)
+        return mask.sum(dim=-1).int(), indices.int().contiguous()
+
+    tables = (*packed(diagonal), *packed(whole))
+    mask = flex.BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=block, mask_mod=causal_mask)
     attend = torch.compile(flex.flex_attention, dynamic=False)
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -243,6 +290,31 @@ class ComposedDca:
         return out
 
 
+class ComposedStep:
+    """DCA of the last of S tokens over keys that are rotated, k [B, S, Hkv, D]: up to three calls and a merge.
+
+    A call takes no time for the rotations of q [B, 1, H, D], which are made here.
+    """
+
+    def __init__(self, engine, cos, sin, setting, q, k, v):
+        self.engine = engine
+        stride, end = setting.stride, k.shape[1]
+        index = (end - 1) % stride
+        own = end - 1 - index
+        rows = (index, min(index + stride, setting.chunk_size), min(2 * stride - 1, setting.chunk_size))
+        spans = ((own, end), (own - stride, own), (0, own - stride))
+        self.parts = [
+            (rotate(q, cos[row], sin[row]), k[:, begin:stop], v[:, begin:stop])
+            for row, (begin, stop) in zip(rows, spans, strict=True)
+            if 0 <= begin < stop
+        ]
+
+    def __call__(self):
+        out = torch.empty_like(self.parts[0][0])
+        merge([self.engine.with_lse(*part, False) for part in self.parts], out)
+        return out
+
+
 class ComposedGradients:
     """The gradients of a :class:`ComposedDca`: of each of its calls, given the output and the log-sum-exp of all keys.
 
@@ -319,6 +391,22 @@ def autograd_gradients(function, q, k, v, dout):
     return lambda: torch.autograd.grad(out, qkv, dout, retain_graph=True)
 
 
+def autograd_training(function, q, k, v, dout):
+    """Forward and backward of ``function(q, k, v)``."""
+    qkv = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    with torch.enable_grad():
+        out = function(*qkv)
+    return torch.autograd.grad(out, qkv, dout)
+
+
+def engine_training(engine, q, k, v, dout):
+    """Forward and backward of a dense engine."""
+    if engine.backward is None:
+        return autograd_training(engine.causal, q, k, v, dout)
+    out, lse = engine.with_lse(q, k, v, True)
+    return engine.backward(dout, q, k, v, out, lse, True)
+
+
 def engine_gradients(engine, q, k, v, dout):
     """A call of a dense engine's backward: its own op where there is one, autograd's where not."""
     if engine.backward is None:
@@ -344,5 +432,35 @@ def chunkattn_gradients(q, k, v, dout, cos, sin, setting, *, deterministic=False
     def call():
         with context():
             return torch.ops.chunkattn.dca_backward(*saved, *sizes, deterministic=deterministic)
+
+    return call
+
+
+def region_gradients(q, k, v, dout, indices, lists):
+    """A call of the backward of attention to lists of regions."""
+    sizes = lists.region_size, lists.merge
+    out, lse = torch.ops.chunkattn.select_merge(q, k, v, indices, *sizes)
+    return lambda: torch.ops.chunkattn.select_merge_backward(dout, q, k, v, out, lse, indices, *sizes)
+
+
+def chunkattn_step(name, q, k, v, dout, cos, sin, sizes, differentiates, context=contextlib.nullcontext):
+    """A call of the op ``name`` on raw q and k that returns (out,), or with its backward behind it (dq, dk, dv)."""
+    forward = getattr(torch.ops.chunkattn, name)
+    backward = getattr(torch.ops.chunkattn, f"{name}_backward")
+
+    def call():
+        with context():
+            out, lse = forward(q, k, v, cos, sin, *sizes)
+            return backward(dout, q, k, v, out, lse, cos, sin, *sizes) if differentiates else (out,)
+
+    return call
+
+
+def packed_fa3_call(ops, q, k, v, dout, packing, differentiates):
+    """The same of FlashAttention-3, dense, of packed sequences."""
+
+    def call():
+        out, lse = ops.fwd(q, k, v, **packing, is_causal=True)[:2]
+        return ops.bwd(dout, q, k, v, out, lse, **packing, is_causal=True)[:3] if differentiates else (out,)
 
     return call

@@ -2,8 +2,8 @@
 
     python benchmarks/plot.py benchmarks/results/h100/forward.json
 
-For each file, a PNG with the rate by length of every implementation, and a section between two markers of the page,
-which is replaced on every run. The page is never edited between its markers.
+For each file, a PNG with the rate by length of every implementation (of select_merge.json with the time by length), and
+a section between two markers of the page, which is replaced on every run. The page is never edited between its markers.
 """
 
 import argparse
@@ -44,6 +44,7 @@ LABELS = {
     "chunkattn": "chunkattn (DCA)",
     "chunkattn-deterministic": "chunkattn, deterministic (DCA)",
     "chunkattn-portable": "chunkattn, portable kernel (DCA)",
+    "chunkattn-dca": "chunkattn (DCA)",
     "fa3": "FlashAttention-3, dense",
     "cudnn": "cuDNN, dense",
     "fa2": "FlashAttention-2, dense",
@@ -127,26 +128,61 @@ def draw_panel(axes, rows, unit, ceiling):
             markersize=7 if impl == "chunkattn" else 5.5,
             zorder=3 if impl == "chunkattn" else 2,
         )
+    axes.set_xticks(range(len(lengths)), [length_label(length) for length in lengths])
+    axes.set_xlim(-0.4, len(lengths) - 0.6)
+    axes.set_xlabel("keys")
+    finish_panel(axes, unit, ceiling)
+
+
+def draw_bars(axes, rows, unit, ceiling):
+    """The rates of decode steps by shape, over one kind of cache."""
+    shapes = list(dict.fromkeys(common.row_shape(row) for row in rows))
+    impls = sorted({row["impl"] for row in rows}, key=order_of)
+    width = 0.8 / len(impls)
+    for index, impl in enumerate(impls):
+        members = [row for row in rows if row["impl"] == impl]
+        composed = impl.startswith("composed-")
+        colour = COLOURS.get(base_of(impl), "#555555")
+        axes.bar(
+            [shapes.index(common.row_shape(row)) + (index - (len(impls) - 1) / 2) * width for row in members],
+            [row[unit] for row in members],
+            width,
+            label=label_of(impl),
+            color="white" if composed else colour,
+            edgecolor=colour,
+            hatch="///" if composed else None,
+        )
+    labels = [f"{shape.batch} x {length_label(shape.seq_k)}" for shape in shapes]
+    axes.set_xticks(range(len(shapes)), labels, fontsize=8)
+    axes.set_xlabel("sequences x keys")
+    finish_panel(axes, unit, ceiling)
+
+
+def finish_panel(axes, unit, ceiling):
     if ceiling:
         axes.axhline(ceiling, color="#888888", linestyle=":", linewidth=1.2, zorder=1)
         name = "matmul" if unit == "tflops" else "copy"
         axes.text(0.01, ceiling, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color="#666666")
-    axes.set_xticks(range(len(lengths)), [length_label(length) for length in lengths])
-    axes.set_xlim(-0.4, len(lengths) - 0.6)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("keys")
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw(results, path):
-    """Draws the rates of a result file by length, one panel for each number of heads and head size."""
+    """Draws the rates of a result file: by length, one panel for each number of heads and head size; those of decode
+    steps by shape, one panel for each kind of cache."""
     rows = main_rows(results["rows"])
+    steps = decode_rows(results["rows"])
+    passes = passes_of(rows)
+    if steps:
+        panels = {("decode", kind): [row for row in steps if row["cache"] == kind] for kind in caches_of(steps)}
+        rows, passes, draw_one = steps, ["decode"], draw_bars
+    else:
+        panels, draw_one = panels_of(rows), draw_panel
     unit = rate_unit(rows)
     ceilings = results["header"].get("ceilings") or {}
     ceiling = ceilings.get("matmul_tflops" if unit == "tflops" else "copy_gbps")
-    panels = panels_of(rows)
     columns = min(PANELS_PER_LINE, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure, grid = plt.subplots(
@@ -159,9 +195,8 @@ def draw(results, path):
     )
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    passes = passes_of(rows)
     for axes, ((pass_, title), members) in zip(grid.flat, panels.items(), strict=False):
-        draw_panel(axes, members, unit, ceiling)
+        draw_one(axes, members, unit, ceiling)
         axes.set_title(f"{pass_}: {title}" if len(passes) > 1 else title, fontsize=10)
     for axes in grid[:, 0]:
         axes.set_ylabel(UNITS[unit])
@@ -172,7 +207,45 @@ def draw(results, path):
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, columns + 1), frameon=False
     )
     header = results["header"]
-    figure.suptitle(f"Causal attention {' and '.join(passes)}, {header['gpu'] or header['cpu']}", fontsize=13)
+    what = "Decoding, float8 caches by their own bytes" if steps else f"Causal attention {' and '.join(passes)}"
+    figure.suptitle(f"{what}, {header['gpu'] or header['cpu']}", fontsize=13)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_times(results, path):
+    """Draws the time of the forward by length, of select-and-merge attention and of dense attention."""
+    rows = [row for row in results["rows"] if row["pass"] in ("forward", "selection")]
+    figure, axes = plt.subplots(figsize=(7.5, 5.0), layout="constrained")
+    lines = {(row["impl"], row["pass"]): [] for row in sorted(rows, key=lambda row: order_of(row["impl"]))}
+    for row in rows:
+        lines[row["impl"], row["pass"]].append((row["seq_k"], row["ms"]))
+    for (impl, pass_), points in lines.items():
+        ours, selection = impl == "chunkattn", pass_ == "selection"
+        label = "chunkattn (select-and-merge)" if ours else label_of(impl)
+        axes.plot(
+            *zip(*sorted(points), strict=True),
+            label="of it selection" if selection else label,
+            color=COLOURS.get(impl, "#555555"),
+            marker=MARKERS.get(impl, "x"),
+            linestyle="--" if selection else "-",
+            markerfacecolor="white" if selection else None,
+            linewidth=2.8 if ours and not selection else 1.6,
+            zorder=3 if ours else 2,
+        )
+    lengths = sorted({row["seq_k"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [length_label(length) for length in lengths])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("ms")
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    header = results["header"]
+    axes.set_title(f"Forward, {configuration(rows[0])}, {header['gpu'] or header['cpu']}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -236,6 +309,81 @@ def settings_table(rows, unit):
     return markdown_table(["shape", "impl", "s:w", UNITS[unit], "of a single chunk"], lines) if lines else None
 
 
+def decode_rows(rows):
+    return [row for row in rows if row["pass"] == "decode"]
+
+
+def caches_of(rows):
+    return list(dict.fromkeys(row["cache"] for row in rows))
+
+
+def step_label(row):
+    return f"{row['batch']} x {length_label(row['seq_k'])}"
+
+
+def find_row(rows, like, impl, cache):
+    """The row of another implementation or kind of cache at the shape of `like`, or None."""
+    found = [row for row in rows if common.row_shape(row) == common.row_shape(like) and row["impl"] == impl]
+    return next((row for row in found if row["cache"] == cache), None)
+
+
+def decode_table(rows, copy_gbps):
+    """Rates of decode steps over every kind of cache, beside peers over the same kind."""
+    peers = [impl for impl in RATIO_PEERS if any(row["impl"] == impl for row in rows)]
+    header = ["GB/s, sequences x keys", "cache", "s:w", "chunkattn", "of a copy", *peers]
+    header += [*(f"times {peer}" for peer in peers), "times bf16 tokens/s"]
+    lines = []
+    for row in rows:
+        if row["impl"] != "chunkattn":
+            continue
+        # DCA is composed over the plain cache only.
+        found = [find_row(rows, row, peer, row["cache"]) for peer in peers]
+        plain = find_row(rows, row, "chunkattn", "rows")
+        line = [step_label(row), row["cache"], f"{row['chunk_size']}:{row['local_size']}", number(row["gbps"])]
+        line.append(f"{row['gbps'] / copy_gbps:.1%}" if copy_gbps else "-")
+        line += [number(peer["gbps"]) if peer else "-" for peer in found]
+        line += [f"{peer['ms'] / row['ms']:.2f}" if peer else "-" for peer in found]
+        line.append(f"{plain['ms'] / row['ms']:.2f}" if plain and row["cache"] == "float8" else "-")
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
+def steps_table(rows):
+    """Microseconds of a step over a cache that takes no time to read."""
+    impls = sorted({row["impl"] for row in rows}, key=order_of)
+    by_shape = {}
+    for row in rows:
+        by_shape.setdefault(f"{row['seq_k']:,} keys", {})[row["impl"]] = row
+    lines = [
+        [shape, *(f"{found[impl]['ms'] * 1e3:.1f}" if impl in found else "-" for impl in impls)]
+        for shape, found in by_shape.items()
+    ]
+    header = [f"us of a step, {rows[0]['steps_in_graph']} in a graph", *impls]
+    return markdown_table(header, lines) if lines else None
+
+
+def prefill_table(rows):
+    """Milliseconds of a prompt read in chunks through the cache, beside one call of dca."""
+    lines = []
+    for row in rows:
+        whole = find_row(rows, row, "chunkattn", None)
+        how = f"chunks of {length_label(row['tokens'])}, {row['cache']}" if row["cache"] else "one call"
+        share = f"{row['ms'] / whole['ms']:.3f}" if whole else "-"
+        setting = f"{row['chunk_size']}:{row['local_size']}"
+        lines.append([shape_label(row), setting, how, number(row["ms"]), number(row["tflops"]), share])
+    return markdown_table(["prompt", "s:w", "read in", "ms", "TFLOP/s", "times one call"], lines)
+
+
+def decode_section(results):
+    copy_gbps = (results["header"].get("ceilings") or {}).get("copy_gbps")
+    by_pass = {pass_: [row for row in results["rows"] if row["pass"] == pass_] for pass_ in passes_of(results["rows"])}
+    tables = [decode_table(by_pass["decode"], copy_gbps)]
+    tables += [
+        make(by_pass[name]) for name, make in (("step", steps_table), ("prefill", prefill_table)) if name in by_pass
+    ]
+    return tables
+
+
 def provenance(results):
     """Sentences that say where and how the numbers were measured, and what is missing."""
     header = results["header"]
@@ -258,8 +406,74 @@ def provenance(results):
     return text
 
 
+def forward_table(rows):
+    """Times of the forward by length: select-and-merge attention, the share of its selection, dense attention."""
+    by_length = {}
+    for row in rows:
+        if row["pass"] in ("forward", "selection"):
+            by_length.setdefault(row["seq_k"], {})[row["impl"], row["pass"]] = row["ms"]
+    impls = {impl for found in by_length.values() for impl, _ in found if impl != "chunkattn"}
+    dense = sorted(impls, key=order_of)
+    lines = []
+    for length, found in sorted(by_length.items()):
+        ours, selection = (found.get(("chunkattn", pass_)) for pass_ in ("forward", "selection"))
+        if ours is None:
+            continue
+        times = [found.get((impl, "forward")) for impl in dense]
+        cells = [number(ours), f"{selection / ours:.1%}" if selection else "-"]
+        cells += [number(time) if time else "-" for time in times]
+        fastest = min(filter(None, times), default=None)
+        lines.append([f"{length:,}", *cells, f"{fastest / ours:.2f}" if fastest else "-"])
+    return markdown_table(["tokens", "ms", "of it selection", *(f"{i}, ms" for i in dense), "dense / ours"], lines)
+
+
+def comparisons_table(rows):
+    """What the parts of select-and-merge attention are measured against; None where nothing is."""
+    found = {(row["pass"], row["impl"], common.row_shape(row)): row for row in rows}
+    lines = []
+    for (pass_, impl, shape), row in found.items():
+        peers = [peer for p, peer, s in found if (p, s) == (pass_, shape) and peer != "chunkattn"]
+        if impl != "chunkattn" or pass_ in ("forward", "selection"):
+            continue
+        for peer in sorted(peers, key=order_of):
+            other = found[pass_, peer, shape]
+            # A rate of executed FLOPs, or where both compute gradients of different attentions, a time.
+            unit, ratio = ("TFLOP/s", row["tflops"] / other["tflops"])
+            values = [row["tflops"], other["tflops"]]
+            if pass_ == "training":
+                unit, values, ratio = "ms", [row["ms"], other["ms"]], other["ms"] / row["ms"]
+            lines.append([pass_, shape_label(row), peer, *(f"{number(v)} {unit}" for v in values), f"{ratio:.2f}"])
+    lines += _longest_line(found)
+    header = ["pass", "shape", "beside", "chunkattn", "the other", "times as fast"]
+    return markdown_table(header, lines) if lines else None
+
+
+def _longest_line(found):
+    """The longest forward beside the longest dense one, whose time grows with the square of the length."""
+    forwards = [(shape, impl, row["ms"]) for (pass_, impl, shape), row in found.items() if pass_ == "forward"]
+    ours = max((f for f in forwards if f[1] == "chunkattn"), key=lambda f: f[0].seq_k, default=None)
+    for peer in ("fa3", "cudnn", "fa2", "sdpa"):
+        dense = max((f for f in forwards if f[1] == peer), key=lambda f: f[0].seq_k, default=None)
+        if ours and dense and dense[0].seq_k < ours[0].seq_k:
+            factor = (ours[0].seq_k // dense[0].seq_k) ** 2
+            beside = f"{peer} at {dense[0].seq_k:,} x {factor}"
+            times = [f"{number(ours[2])} ms", f"{number(dense[2])} ms x {factor}"]
+            label = shape_label(found["forward", "chunkattn", ours[0]])
+            return [["forward", label, beside, *times, f"{dense[2] * factor / ours[2]:.1f}"]]
+    return []
+
+
+def select_merge_section(results, image):
+    rows = results["rows"]
+    note = "Rates count executed FLOPs: fewer here than in dense attention and DCA."
+    parts = [provenance(results), f"![ms by length]({image})", forward_table(rows), comparisons_table(rows), note]
+    return "\n\n".join(filter(None, parts))
+
+
 def section(results, image):
     rows = results["rows"]
+    if decode_rows(rows):
+        return "\n\n".join([provenance(results), f"![GB/s by shape]({image})", *decode_section(results)])
     unit = rate_unit(rows)
     parts = [provenance(results), f"![{UNITS[unit]} by length]({image})"]
     passes = passes_of(rows)
@@ -296,8 +510,10 @@ def main(argv=None):
             raise SystemExit(f"{file} has no rows")
         name = f"{file.resolve().parent.name}-{file.stem}"
         image = images / f"{name}.png"
-        draw(results, image)
-        page = replace_section(page, name, section(results, os.path.relpath(image, options.page.parent)))
+        timed = results["header"]["benchmark"] == "select_merge"
+        (draw_times if timed else draw)(results, image)
+        text = (select_merge_section if timed else section)(results, os.path.relpath(image, options.page.parent))
+        page = replace_section(page, name, text)
         print(f"{image} and the section {name} of {options.page}")
     options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text(page)

@@ -60,6 +60,21 @@ SelectMergeWorkspace select_merge_workspace(const SelectMergeParams& params, voi
 
 const char* select_merge_forward(const SelectMergeParams& params, const SelectMergeWorkspace& workspace, void* stream);
 
+// The workspace of select_merge_backward. deterministic: all gradients are summed in a fixed order.
+SelectMergeBackwardWorkspace select_merge_backward_workspace(const SelectMergeBackwardParams& params,
+                                                             bool deterministic, void* memory, size_t* bytes);
+
+const char* select_merge_backward(const SelectMergeBackwardParams& params,
+                                  const SelectMergeBackwardWorkspace& workspace, void* stream);
+
+// The workspace of select_merge_decode, in bytes; it starts on a multiple of 256 bytes and holds nothing yet. The size
+// depends on shapes and the device alone.
+const char* select_merge_decode_workspace(const SelectMergeDecodeParams& params, size_t* bytes);
+
+// Appends the tokens to the cache, then attends. Lengths, lists and block table are read on the device: a graph that
+// captured the call may be replayed as sequences grow.
+const char* select_merge_decode(const SelectMergeDecodeParams& params, void* workspace, void* stream);
+
 // For tests and benchmarks: makes every later call take this kernel ("auto", "portable" or "hopper").
 const char* force_kernel(const char* name);
 

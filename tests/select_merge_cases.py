@@ -15,6 +15,9 @@ SELECTIONS = ("lookahead", "causal")
 HEADS = ("kv", "q")
 MODES = list(itertools.product(ELIGIBILITIES, SELECTIONS, HEADS))
 
+# With regions of 3 tokens and groups of 9: around the ends of both.
+BOUNDARY_LENGTHS = [1, 2, 3, 4, 8, 9, 10, 11, 12, 17, 18, 19, 26, 27, 28]
+
 
 @dataclass(frozen=True, repr=False)
 class SelectMergeCase:
@@ -69,6 +72,12 @@ CASE = SelectMergeCase(seqlen=138, batch=2, heads=4, kv_heads=2, head_dim=24, re
 # Groups of several tiles, and lists of several blocks of keys.
 LONG = SelectMergeCase(seqlen=1700, heads=2, head_dim=64, region_size=16, top_k=30, merge=40)
 
+_modes = {
+    "eligibility": st.sampled_from(ELIGIBILITIES),
+    "selection": st.sampled_from(SELECTIONS),
+    "heads_mode": st.sampled_from(HEADS),
+    "seed": st.integers(0, 1000),
+}
 random_cases = st.builds(
     SelectMergeCase,
     seqlen=st.integers(1, 200),
@@ -79,11 +88,35 @@ random_cases = st.builds(
     region_size=st.integers(1, 20),
     top_k=st.integers(1, 20),
     merge=st.integers(1, 12),
-    eligibility=st.sampled_from(ELIGIBILITIES),
-    selection=st.sampled_from(SELECTIONS),
-    heads_mode=st.sampled_from(HEADS),
-    seed=st.integers(0, 1000),
+    **_modes,
 )
+# Sizes that the kernels of Hopper take, several tiles, and lists so long that short ones are tried first.
+aligned_cases = st.builds(
+    SelectMergeCase,
+    seqlen=st.integers(1, 1000),
+    batch=st.integers(1, 2),
+    heads=st.just(4),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([16, 64, 80, 128, 192, 256]),
+    region_size=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]),
+    top_k=st.integers(1, 200),
+    merge=st.integers(16, 150),
+    **_modes,
+)
+
+
+def random_indices(case: SelectMergeCase, count: int, low: int, high: int, seed: int = 0) -> Tensor:
+    """[B, H, groups, count] ids in low .. high - 1, in any order and more than once."""
+    generator = torch.Generator().manual_seed(seed)
+    index_heads = case.heads if case.heads_mode == "q" else case.kv_heads
+    shape = (case.batch, index_heads, -(-case.seqlen // case.group_tokens), count)
+    return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
+
+
+def dense_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by torch."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def check_selection(q: Tensor, k: Tensor, options: dict) -> Tensor:

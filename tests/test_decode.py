@@ -416,7 +416,10 @@ def test_random_calls(device, call):
 
 
 class Engine:
-    """A batch of sequences that join and leave, over one pool of pages whose free ones hold NaN."""
+    """A batch of sequences that join and leave, over one pool of pages whose free ones hold NaN.
+
+    Some share a prefix: their tables name the same pages, as many as the prefix fills.
+    """
 
     def __init__(self, case: Case, device, dtype, *, page_size: int, pages: int, width: int, seed: int):
         self.case, self.device, self.dtype, self.page_size, self.width = case, device, dtype, page_size, width
@@ -430,6 +433,7 @@ class Engine:
         self.random.shuffle(self.free)
         self.generator = torch.Generator().manual_seed(seed)
         self.active: list[dict] = []
+        self.users = [0] * pages  # sequences that have the page
 
     def tokens(self, heads: int, count: int) -> torch.Tensor:
         shape = (1, count, heads, self.case.head_dim)
@@ -444,7 +448,7 @@ class Engine:
         for row, sequence in enumerate(sequences):
             needed = -(-(sequence["k"].shape[1] + count) // self.page_size)
             while len(sequence["pages"]) < needed:
-                sequence["pages"].append(self.free.pop())
+                self.use(sequence, [self.free.pop()])
             table[row, :needed] = torch.tensor(sequence["pages"], dtype=torch.int32)
         out = chunkattn.dca_with_kvcache(
             q,
@@ -463,19 +467,32 @@ class Engine:
                 torch.cat((sequence[name], new[part]), dim=1) for name, new in (("k", k), ("v", v))
             )
 
+    def use(self, sequence: dict, pages: list[int]) -> None:
+        sequence["pages"] += pages
+        for page in pages:
+            self.users[page] += 1
+
     def join(self) -> None:
-        """A sequence whose prompt is read in pieces."""
+        """A sequence whose prompt is read in pieces, behind a prefix that it shares with another or none."""
         empty = self.tokens(self.case.kv_heads, 0)
         sequence = {"k": empty, "v": empty, "pages": []}
+        if self.active and self.random.random() < 0.5:
+            other = self.random.choice(self.active)
+            pages = self.random.randint(0, other["k"].shape[1] // self.page_size)
+            self.use(sequence, other["pages"][:pages])
+            sequence["k"], sequence["v"] = (other[name][:, : pages * self.page_size] for name in "kv")
         self.active.append(sequence)
         for _ in range(self.random.randint(1, 3)):
             self.step([sequence], self.random.randint(1, 30))
 
     def leave(self) -> None:
         sequence = self.active.pop(self.random.randrange(len(self.active)))
+        for page in sequence["pages"]:
+            self.users[page] -= 1
+        freed = [page for page in sequence["pages"] if self.users[page] == 0]
         for cache in (self.k_cache, self.v_cache):
-            cache[sequence["pages"]] = torch.nan
-        self.free += sequence["pages"]
+            cache[freed] = torch.nan
+        self.free += freed
         self.random.shuffle(self.free)
 
     def check(self, sequence: dict) -> None:
@@ -485,7 +502,7 @@ class Engine:
 
 
 def test_soak(device):
-    """Random joins, leaves and steps of mixed lengths, checked at random moments."""
+    """Random joins, leaves and steps of mixed lengths, prefixes shared, checked at random moments."""
     steps, longest = (400, 150) if device.type == "cpu" else (10_000, 600)
     case = Case(heads=4, kv_heads=2, head_dim=32, chunk_size=60, local_size=19)
     dtype = torch.bfloat16
@@ -504,3 +521,6 @@ def test_soak(device):
                 engine.check(engine.random.choice(engine.active))
     for sequence in engine.active:
         engine.check(sequence)
+    while engine.active:
+        engine.leave()
+    assert sorted(engine.free) == list(range(8 * width))

@@ -8,7 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from select_merge_cases import ELIGIBILITIES, HEADS, MODES, SELECTIONS, SelectMergeCase
+from select_merge_cases import (
+    BOUNDARY_LENGTHS,
+    ELIGIBILITIES,
+    HEADS,
+    MODES,
+    SELECTIONS,
+    SelectMergeCase,
+    dense_causal,
+)
 
 from chunkattn.reference import select, select_merge
 
@@ -82,11 +90,6 @@ def padded(kept, top_k):
     )
 
 
-def dense_causal(q, k, v):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
 def assert_equals_literal(case):
     q, k, v = case.inputs()
     kept = literal_selection(q, k, **case.options())
@@ -129,9 +132,8 @@ def test_oracle_equals_loops(case, eligibility, selection, heads_mode):
     assert_equals_literal(case.but(eligibility=eligibility, selection=selection, heads_mode=heads_mode))
 
 
-@pytest.mark.parametrize("seqlen", [1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13, 16, 17, 18, 19, 20, 26, 27, 28])
+@pytest.mark.parametrize("seqlen", BOUNDARY_LENGTHS)
 def test_oracle_around_region_and_group_boundaries(seqlen):
-    # Regions of 3 and groups of 9 tokens.
     for eligibility, selection in itertools.product(ELIGIBILITIES, SELECTIONS):
         case = SelectMergeCase(seqlen=seqlen, region_size=3, top_k=2, eligibility=eligibility, selection=selection)
         assert_equals_literal(case)

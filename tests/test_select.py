@@ -8,6 +8,7 @@ from cases import dtypes, skip_without_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from select_merge_cases import (
+    BOUNDARY_LENGTHS,
     CASE,
     ELIGIBILITIES,
     HEADS,
@@ -57,7 +58,7 @@ def test_modes(device, changes, eligibility, selection, heads_mode):
     check_all_dtypes(case, device)
 
 
-@pytest.mark.parametrize("seqlen", [1, 2, 3, 4, 8, 9, 10, 11, 12, 17, 18, 19, 26, 27, 28])
+@pytest.mark.parametrize("seqlen", BOUNDARY_LENGTHS)
 def test_lengths_around_region_and_group_boundaries(device, seqlen):
     for eligibility, selection in itertools.product(ELIGIBILITIES, SELECTIONS):
         case = CASE.but(seqlen=seqlen, region_size=3, merge=3, top_k=2, eligibility=eligibility, selection=selection)
@@ -118,6 +119,21 @@ def test_many_regions_and_rows(device, seqlen, top_k, merge, eligibility):
     case = SelectMergeCase(seqlen, 1, 2, 1, 16, 1, top_k, merge, eligibility)
     q, k = case.inputs(dtypes(device)[-2], 2, device)
     check_selection(q, k, case.options())
+
+
+@pytest.mark.parametrize("agreement", [0.0, 0.5, 0.9, 0.99, 1.0, "by group"])
+@pytest.mark.parametrize("eligibility", ELIGIBILITIES)
+def test_rows_of_a_group_that_agree(device, agreement, eligibility):
+    # The more they do, the more ranks the merge has to walk: CUDA tries short lists first.
+    case = SelectMergeCase(1450, 1, 2, 1, 64, 1, 130, 48, eligibility)
+    for dtype in dtypes(device)[-2:]:
+        q, k = case.inputs(torch.float32, 2)
+        group = torch.arange(case.seqlen) // case.merge
+        share = group / group[-1] if agreement == "by group" else torch.full_like(group, agreement, dtype=torch.float32)
+        share = share[:, None, None]
+        common = torch.randn(len(group.unique()), *q.shape[2:], generator=torch.Generator().manual_seed(1))
+        q = (1 - share).sqrt() * q + share.sqrt() * common[group]
+        check_selection(q.to(device, dtype), k.to(device, dtype), case.options())
 
 
 def test_sizes_up_to_the_limit(device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import check_backward, dtypes, gradients, skip_without_kernels
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from select_merge_cases import CASE, HEADS, LONG, MODES, SelectMergeCase, random_cases
 from test_dca_backward import random_dout
@@ -72,6 +72,62 @@ def test_head_dims(device, head_dim):
 
 def test_scale(device):
     check_all_dtypes(CASE, device, scale=0.4)
+
+
+# Regions and rows that the copy engine can bring: several tiles of keys and queries, the last region and group partial.
+ALIGNED = SelectMergeCase(seqlen=403, heads=4, kv_heads=2, head_dim=128, region_size=16, top_k=9, merge=5)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 96])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"heads_mode": "q"},
+        {"seqlen": 1003, "batch": 2, "top_k": 25, "merge": 18},
+        {"kv_heads": 4, "region_size": 8, "top_k": 30, "merge": 7},
+        {"region_size": 24, "heads": 3, "kv_heads": 1},
+        {"region_size": 128, "merge": 1, "top_k": 2},
+        {"region_size": 200, "merge": 1, "top_k": 2, "heads_mode": "q", "seqlen": 501},
+        {"seqlen": 17, "merge": 1},
+    ],
+    ids=str,
+)
+def test_regions_in_boxes(device, head_dim, changes):
+    if device.type != "cuda":
+        pytest.skip("boxes of keys are the Hopper kernel's")
+    case = ALIGNED.but(head_dim=head_dim, **changes)
+    for dtype in dtypes(device)[-2:]:
+        check_case(case, device, dtype)
+
+
+@pytest.mark.parametrize("heads_mode", HEADS)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_a_region_that_everybody_lists(device, head_dim, heads_mode):
+    # Every group lists the same few regions, each of them several times: all add to the same rows.
+    case = ALIGNED.but(head_dim=head_dim, heads_mode=heads_mode)
+    shape = (case.batch, case.heads if heads_mode == "q" else case.kv_heads, 6, 20)
+    ids = torch.arange(20, dtype=torch.int32, device=device).remainder(3).expand(shape).contiguous()
+    for dtype in dtypes(device)[-2:]:
+        check_case(case, device, dtype, indices=ids)
+        first = check_case(case, device, dtype, indices=ids, deterministic=True)
+        qkv = case.inputs(dtype, 3, device)
+        options = case.options() | {"indices": ids, "deterministic": True}
+        again = gradients(chunkattn.select_merge, qkv, random_dout(qkv[0]), options)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case", [ALIGNED, ALIGNED.but(head_dim=64, heads_mode="q"), ALIGNED.but(region_size=3)], ids=str
+)
+def test_ids_out_of_range_reach_no_memory(device, case):
+    # Whatever lies around the tensors is NaN.
+    for dtype in dtypes(device)[-2:]:
+        qkv = tuple(inside_larger(x) for x in case.inputs(dtype, 3, device))
+        ids = random_indices(case, 20, -3, 30).to(device)
+        ids[..., :5] = torch.tensor([-(2**31), 2**31 - 1, 2**27, -(2**20), 2**30], dtype=torch.int32, device=device)
+        options = case.options() | {"indices": ids}
+        check_backward(qkv, inside_larger(random_dout(qkv[0])), options, "select_merge")
 
 
 @pytest.mark.parametrize("heads_mode", HEADS)
@@ -159,16 +215,45 @@ def test_keys_that_nobody_attends_have_no_gradient(device):
             assert (grad[:, 16:20] == 0).all()
 
 
-@pytest.mark.parametrize("case", [CASE, LONG.but(seqlen=1000, heads=4, kv_heads=2)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        CASE,
+        LONG.but(seqlen=1000, heads=4, kv_heads=2),
+        ALIGNED,
+        ALIGNED.but(head_dim=64, heads_mode="q", merge=9),
+        ALIGNED.but(head_dim=256, kv_heads=4),
+    ],
+    ids=str,
+)
 def test_deterministic_gradients_repeat_bitwise(device, case):
     for dtype in dtypes(device)[-2:]:
         qkv = case.inputs(dtype, 3, device)
         options = with_indices(qkv, case) | {"deterministic": True}
         dout = random_dout(qkv[0])
-        first = gradients(chunkattn.select_merge, qkv, dout, options)
+        first = check_backward(qkv, dout, options, "select_merge")
         for _ in range(3):
             again = gradients(chunkattn.select_merge, qkv, dout, options)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_cuda_workspace(cuda):
+    # What the kernels use beyond the gradients: float32 tensors of the size of q, k and v, lists and some rows.
+    skip_without_kernels(cuda, "select_merge_backward")
+    case = SelectMergeCase(seqlen=8192, heads=8, kv_heads=2, head_dim=128, region_size=16, top_k=96, merge=32)
+    q, k, v = case.inputs(torch.bfloat16, 3, cuda)
+    ids = chunkattn.select(q, k, **case.options())
+    out, lse = torch.ops.chunkattn.select_merge(q, k, v, ids, case.region_size, case.merge)
+    for deterministic in (False, True):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        grads = torch.ops.chunkattn.select_merge_backward(
+            out, q, k, v, out, lse, ids, case.region_size, case.merge, None, deterministic
+        )
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in grads)
+        assert peak < 1.05 * 4 * (q.numel() + k.numel() + v.numel())
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
@@ -239,3 +324,34 @@ def test_second_derivative_is_refused(device):
 @given(case=random_cases, dtype_index=st.integers(0, 3))
 def test_random_cases(device, case, dtype_index):
     check_case(case, device, dtypes(device)[dtype_index % len(dtypes(device))])
+
+
+# What the Hopper kernel takes.
+aligned_cases = st.builds(
+    SelectMergeCase,
+    seqlen=st.integers(1, 900),
+    batch=st.integers(1, 2),
+    heads=st.just(6),
+    kv_heads=st.sampled_from([1, 2, 3, 6]),
+    head_dim=st.sampled_from([16, 64, 96, 128, 192, 256]),
+    region_size=st.sampled_from([8, 16, 24, 32, 64, 128]),
+    top_k=st.integers(1, 40),
+    merge=st.integers(1, 30),
+    heads_mode=st.sampled_from(HEADS),
+    seed=st.integers(0, 1000),
+)
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_random_aligned_cases_on_cuda(device, part):
+    if device.type != "cuda":
+        pytest.skip("other alignments have kernels of their own on CUDA only")
+
+    @seed(part)
+    @settings(max_examples=50, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(case=aligned_cases, deterministic=st.booleans(), wild=st.booleans(), dtype_index=st.integers(0, 1))
+    def check(case, deterministic, wild, dtype_index):
+        others = {"indices": random_indices(case, case.top_k, -2, 60).to(device)} if wild else {}
+        check_case(case, device, dtypes(device)[dtype_index], deterministic=deterministic, **others)
+
+    check()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from caches import Layout, assert_lse_within_rule, lengths, poison, raw_bytes
+from caches import assert_lse_within_rule, lengths, poison, raw_bytes
 from cases import dtypes, skip_without_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -58,9 +58,11 @@ def make_cache(
 
 
 def inputs(case: SelectMergeCase, dtype: torch.dtype, device: torch.device) -> dict:
-    """Rows to attend with, and others to select on: integers whose scores are exact, so that no tie is near."""
+    """Rows to attend with, and others to select on: multiples of the region size, so that means and scores are exact,
+    and what ties in one dtype ties in all."""
     q, k, v = case.inputs(dtype, 3, device)
-    select_q, select_k = case.but(integers=True, seed=case.seed + 1).inputs(dtype, 2, device)
+    drawn = case.but(integers=True, seed=case.seed + 1).inputs(dtype, 2, device)
+    select_q, select_k = (x / 12 * case.region_size for x in drawn)
     return {"q": q, "k": k, "v": v, "select_q": select_q, "select_k": select_k}
 
 

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 from cases import check_forward, dtypes, skip_without_kernels
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from select_merge_cases import (
+    BOUNDARY_LENGTHS,
     CASE,
     ELIGIBILITIES,
     HEADS,
@@ -15,8 +16,11 @@ from select_merge_cases import (
     MODES,
     SELECTIONS,
     SelectMergeCase,
+    aligned_cases,
     check_select_merge,
+    dense_causal,
     random_cases,
+    random_indices,
 )
 from test_dca_forward import inside_larger, sequence_first, transposed, with_row_gaps
 from tolerance import assert_within_rule
@@ -32,14 +36,6 @@ def device(device):
 def check_all_dtypes(case, device, **others):
     for dtype in dtypes(device):
         check_select_merge(case.inputs(dtype, 3, device), case.options(), **others)
-
-
-def random_indices(case, count, low, high, seed=0):
-    """[B, H, groups, count] ids in low .. high - 1, in any order and more than once."""
-    generator = torch.Generator().manual_seed(seed)
-    index_heads = case.heads if case.heads_mode == "q" else case.kv_heads
-    shape = (case.batch, index_heads, -(-case.seqlen // case.group_tokens), count)
-    return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(("eligibility", "selection", "heads_mode"), MODES)
@@ -62,7 +58,7 @@ def test_modes(device, changes, eligibility, selection, heads_mode):
     check_all_dtypes(case, device)
 
 
-@pytest.mark.parametrize("seqlen", [1, 2, 3, 4, 8, 9, 10, 11, 12, 17, 18, 19, 26, 27, 28])
+@pytest.mark.parametrize("seqlen", BOUNDARY_LENGTHS)
 def test_lengths_around_region_and_group_boundaries(device, seqlen):
     check_all_dtypes(CASE.but(seqlen=seqlen, region_size=3, merge=3, top_k=2), device)
 
@@ -167,17 +163,11 @@ def test_what_is_returned(device):
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_while_all_regions_fit_it_is_dense_causal_attention(device, selection):
-    def dense(q, k, v):
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-        return torch.nn.functional.scaled_dot_product_attention(
-            *heads_first, is_causal=True, enable_gqa=True
-        ).transpose(1, 2)
-
     case = LONG.but(seqlen=700, top_k=30, merge=15, selection=selection)
     for dtype in dtypes(device):
         qkv = case.inputs(dtype, 3, device)
-        oracle = dense(*(x.double() for x in qkv))
-        assert_within_rule(chunkattn.select_merge(*qkv, **case.options()), oracle, dense(*qkv), "out")
+        oracle = dense_causal(*(x.double() for x in qkv))
+        assert_within_rule(chunkattn.select_merge(*qkv, **case.options()), oracle, dense_causal(*qkv), "out")
 
 
 @pytest.mark.parametrize(("eligibility", "selection"), list(itertools.product(ELIGIBILITIES, SELECTIONS)))
@@ -301,3 +291,17 @@ def test_zero_sizes(device, empty):
 def test_random_cases(device, case, dtype_index):
     dtype = dtypes(device)[dtype_index % len(dtypes(device))]
     check_select_merge(case.inputs(dtype, 3, device), case.options())
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_random_aligned_cases_on_cuda(device, part):
+    if device.type != "cuda":
+        pytest.skip("other alignments and whole tiles have kernels of their own on CUDA only")
+
+    @seed(part)
+    @settings(max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(case=aligned_cases, dtype_index=st.integers(0, 1))
+    def check(case, dtype_index):
+        check_select_merge(case.inputs(dtypes(device)[dtype_index], 3, device), case.options())
+
+    check()

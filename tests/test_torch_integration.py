@@ -328,6 +328,27 @@ def test_cuda_graph_of_decoding_replays_over_growing_lengths(cuda, layout, float
         eager["cache_seqlens"] += 1
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(16), Layout(17)], ids=str)
+def test_cuda_graph_of_prefill_replays_over_growing_lengths(cuda, layout):
+    # Chunks long enough for the Hopper forward kernel where pages suit it, each sequence's own way across c = 128.
+    case = Case(seqlen_q=256, heads=12, kv_heads=4, head_dim=128, chunk_size=192, local_size=64)
+    options = decode_options(case, skip_without_kernels(cuda, "dca_with_kvcache"))
+    q, k, v = case.inputs(cuda, torch.bfloat16)
+    replayed, eager = (layout.make(case, 1100, cuda, torch.bfloat16) for _ in range(2))
+    arguments = {**options, "k": k, "v": v, "cache_seqlens": lengths(cuda, 0, 0)}
+    chunkattn.dca_with_kvcache(q, **replayed, **arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chunkattn.dca_with_kvcache(q, **replayed, **arguments)
+    for seed, seqlens in enumerate([(0, 0), (256, 1), (500, 127), (756, 128), (833, 384)]):
+        arguments["cache_seqlens"].copy_(lengths(cuda, *seqlens))
+        for x, fresh in zip((q, k, v), case.inputs(cuda, torch.bfloat16, seed=seed), strict=True):
+            x.copy_(fresh)
+        graph.replay()
+        assert captured.isfinite().all()
+        assert torch.equal(captured, chunkattn.dca_with_kvcache(q, **eager, **arguments)), str(seqlens)
+
+
 SELECT_MERGE_CASE = SelectMergeCase(70, 2, 4, 2, 16, 4, 3, 4)
 
 
@@ -350,6 +371,57 @@ def test_opcheck_select_merge(device, changes):
         out, lse = torch.ops.chunkattn.select_merge(q, k, v, ids, *sizes)
         arguments = (torch.randn_like(out), q, k, v, out, lse, ids, *sizes, True)
         opcheck(torch.ops.chunkattn.select_merge_backward.default, arguments)
+
+
+def select_merge_cache(device, dtype, case, selection="causal", page_size=None):
+    """A cache with 41 tokens, and rows of one token to go on with; its next but six begins a group."""
+    skip_without_kernels(device, "select_merge_with_kvcache")
+    q, k, v = case.inputs(dtype, 3, device)
+    options = case.options() | {"selection": selection, "query_heads": case.heads, "page_size": page_size}
+    cache = chunkattn.SelectMergeCache(
+        case.batch, case.kv_heads, case.head_dim, case.seqlen, **options, dtype=dtype, device=device
+    )
+    cache.append(q[:, :41], k[:, :41], v[:, :41])
+    return cache, (q[:, 41:], k[:, 41:], v[:, 41:])
+
+
+@pytest.mark.parametrize("page_size", [None, 8])
+@pytest.mark.parametrize("selection", ["causal", "query"])
+def test_opcheck_select_merge_cache(device, selection, page_size):
+    for heads_mode in ("kv", "q"):
+        for dtype in (dtypes(device)[0], dtypes(device)[-1]):
+            case = SELECT_MERGE_CASE.but(heads_mode=heads_mode)
+            cache, rows = select_merge_cache(device, dtype, case, selection, page_size)
+            arguments = cache._arguments(*(x[:, :9] for x in rows), None, rows[1][:, :9], None)
+            opcheck(torch.ops.chunkattn.select_merge_append.default, arguments)
+            opcheck(torch.ops.chunkattn.select_merge_with_kvcache.default, (*arguments, 0.3))
+            out = torch.zeros_like(rows[0][:, :9])
+            opcheck(torch.ops.chunkattn.select_merge_with_kvcache.out, (*arguments, None, out))
+
+
+@pytest.mark.parametrize("given_out", [True, False])
+@pytest.mark.parametrize("page_size", [None, 8])
+def test_compile_select_merge_cache(device, page_size, given_out):
+    """The cache is an object that the compiled function closes over, and is written to step after step."""
+    dtype = dtypes(device)[0]
+    (ours, rows), (theirs, _) = (
+        select_merge_cache(device, dtype, SELECT_MERGE_CASE, page_size=page_size) for _ in range(2)
+    )
+    out = torch.empty_like(rows[0][:, :1]) if given_out else None
+
+    @torch.compile(fullgraph=True)
+    def step(q, k, v):
+        out_, lse = ours.attend(q * 2, k, v, out=out, return_lse=True)
+        return out_ + 1, lse
+
+    for n in range(12):
+        q, k, v = (x[:, n : n + 1].contiguous() for x in rows)
+        result, lse = step(q, k, v)
+        expected, expected_lse = theirs.attend(q * 2, k, v, return_lse=True)
+        torch.testing.assert_close(result, expected + 1, rtol=0, atol=0)
+        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=0)
+    for name in ("k", "v", "region_sums", "query_sums", "indices", "seqlens"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

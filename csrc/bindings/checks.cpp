@@ -224,6 +224,8 @@ void check_packed(const PackedSequences& packed, const Tensor& q) {
   check(packed.cu_seqlens_k.size(0) == packed.cu_seqlens_q.size(0),
         "cu_seqlens_k must have the length of cu_seqlens_q, ", packed.cu_seqlens_q.size(0), ", got ",
         packed.cu_seqlens_k.size(0));
+  check(packed.cu_seqlens_q.size(0) > 1 || q.size(0) == 0,
+        "cu_seqlens_q must have more than one element unless q is empty, got 1 element and ", q.size(0), " rows of q");
   const std::pair<const char*, int64_t> lengths[] = {{"max_seqlen_q", packed.max_seqlen_q},
                                                      {"max_seqlen_k", packed.max_seqlen_k}};
   for (const auto& [name, length] : lengths) {
@@ -269,13 +271,18 @@ void check_lengths(const char* name, const Tensor& lengths, const Tensor& q) {
   check_last_dim(name, lengths);
 }
 
-void check_cache_rows(const Tensor& k_cache, const Tensor& v_cache, const Tensor& q, bool paged) {
+bool is_float8(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float8_e4m3fn; }
+
+void check_cache_rows(const Tensor& k_cache, const Tensor& v_cache, const Tensor& q, bool paged, bool takes_float8) {
   const char* const dimensions =
       paged ? "[num_pages, page_size, kv_heads, head_dim]" : "[batch, capacity, kv_heads, head_dim]";
   check_rank("k_cache", k_cache, 4, dimensions);
   check_rank("v_cache", v_cache, 4, dimensions);
   check_device("k_cache", k_cache, q);
   check_device("v_cache", v_cache, q);
+  check(k_cache.scalar_type() == q.scalar_type() || (takes_float8 && is_float8(k_cache)),
+        "k_cache must have the dtype of q, ", dtype_of(q), takes_float8 ? ", or be float8_e4m3fn, got " : ", got ",
+        dtype_of(k_cache));
   check(v_cache.scalar_type() == k_cache.scalar_type(), "v_cache must have the dtype of k_cache, ", dtype_of(k_cache),
         ", got ", dtype_of(v_cache));
   check(k_cache.size(3) == q.size(3), "k_cache must have the head dimension of q, ", q.size(3), ", got ",
@@ -291,10 +298,8 @@ void check_cache_rows(const Tensor& k_cache, const Tensor& v_cache, const Tensor
 void check_cache(const DecodeArguments& arguments) {
   const Tensor& q = arguments.q;
   const Tensor& k_cache = arguments.k_cache;
-  check_cache_rows(k_cache, arguments.v_cache, q, arguments.block_table.has_value());
-  const bool float8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
-  check(float8 || k_cache.scalar_type() == q.scalar_type(), "k_cache must have the dtype of q, ", dtype_of(q),
-        ", or be float8_e4m3fn, got ", dtype_of(k_cache));
+  check_cache_rows(k_cache, arguments.v_cache, q, arguments.block_table.has_value(), true);
+  const bool float8 = is_float8(k_cache);
   check(!float8 || q.scalar_type() != ScalarType::Double,
         "q must be float32, bfloat16 or float16 with a float8_e4m3fn cache, got float64");
   const std::pair<const char*, const std::optional<Tensor>&> scales[] = {{"k_scale", arguments.k_scale},
@@ -371,11 +376,9 @@ void check_regions(int64_t region_size, int64_t merge) {
   check_count("merge", merge);
 }
 
-void check_top_k_on_device(const SelectArguments& arguments) {
-  if (!arguments.q.is_cuda()) return;
-  const int64_t regions = (arguments.q.size(1) + arguments.region_size - 1) / arguments.region_size;
-  check(arguments.top_k <= cuda::kLargestTopK || arguments.top_k >= regions, "top_k must be at most ",
-        cuda::kLargestTopK, " on CUDA, or at least the number of regions, ", regions, "; got ", arguments.top_k);
+void check_top_k_on_device(int64_t top_k, int64_t regions, const Tensor& q) {
+  check(!q.is_cuda() || top_k <= cuda::kLargestTopK || top_k >= regions, "top_k must be at most ", cuda::kLargestTopK,
+        " on CUDA, or at least the number of regions, ", regions, "; got ", top_k);
 }
 
 void check_word(const char* name, const std::string& word, const char* first, const char* second) {
@@ -459,6 +462,7 @@ void check_sums(const SelectMergeDecodeArguments& arguments) {
         " KV heads or ", q.size(2), " query heads, got shape ", shape_of(indices));
   const RegionGeometry geometry = region_geometry(arguments.region_size, arguments.merge);
   const int64_t regions = geometry.regions(static_cast<int>(arguments.capacity));
+  check_top_k_on_device(indices.size(2), regions, q);
   const int64_t voters = arguments.selection == "query" ? 0 : std::min<int64_t>(regions, arguments.merge);
   const auto has_shape = [&](const Tensor& tensor, int64_t heads, int64_t rows) {
     return tensor.size(0) == q.size(0) && tensor.size(1) == heads && tensor.size(2) == rows &&
@@ -545,7 +549,8 @@ void check_select(const SelectArguments& arguments) {
   check_same_length(arguments.q, arguments.k);
   check_regions(arguments.region_size, arguments.merge);
   check_count("top_k", arguments.top_k);
-  check_top_k_on_device(arguments);
+  const RegionGeometry geometry = region_geometry(arguments.region_size, arguments.merge);
+  check_top_k_on_device(arguments.top_k, geometry.regions(static_cast<int>(arguments.q.size(1))), arguments.q);
   check_word("eligibility", arguments.eligibility, "group", "row");
   check_word("selection", arguments.selection, "lookahead", "causal");
   check_word("heads", arguments.heads, "kv", "q");
@@ -559,8 +564,7 @@ void check_select_merge_decode(const SelectMergeDecodeArguments& arguments, cons
   check_values(q, k, arguments.v, "[batch, seqlen, kv_heads, head_dim]");
   if (arguments.select_q) check_selected_on("select_q", *arguments.select_q, "q", q);
   if (arguments.select_k) check_selected_on("select_k", *arguments.select_k, "k", k);
-  check_cache_rows(arguments.k_cache, arguments.v_cache, q, arguments.block_table.has_value());
-  check_dtype_of_q("k_cache", arguments.k_cache, q);
+  check_cache_rows(arguments.k_cache, arguments.v_cache, q, arguments.block_table.has_value(), false);
   check(arguments.k_cache.size(2) == k.size(2), "k must have the heads of k_cache, ", arguments.k_cache.size(2),
         ", got ", k.size(2));
   check_lengths("seqlens", arguments.seqlens, q);

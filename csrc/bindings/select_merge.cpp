@@ -39,6 +39,18 @@ std::tuple<Tensor, Tensor> select_merge_cuda(Tensor q, Tensor k, Tensor v, Tenso
 }
 #endif
 
+namespace {
+
+SelectMergeBackwardParams backward_params(const SelectMergeArguments& arguments, const Tensor& dout, const Tensor& out,
+                                          const Tensor& softmax_lse, const Gradients& gradients) {
+  SelectMergeBackwardParams params{};
+  params.forward = select_merge_params(arguments, out, softmax_lse);
+  set_gradients(params, dout, gradients);
+  return params;
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
                                                              Tensor softmax_lse, Tensor indices, int64_t region_size,
                                                              int64_t merge, std::optional<double> scale,
@@ -47,12 +59,30 @@ std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cpu(Tensor dout, Tensor
   check_select_merge_backward(arguments, dout, out, softmax_lse);
   const Gradients gradients = new_gradients(q, k, v);
   if (!gradients.empty) {
-    SelectMergeBackwardParams params{};
-    params.forward = select_merge_params(arguments, out, softmax_lse);
-    set_gradients(params, dout, gradients);
-    cpu::select_merge_backward(params, parallel_for);
+    cpu::select_merge_backward(backward_params(arguments, dout, out, softmax_lse, gradients), parallel_for);
   }
   return gradients.as_tuple();
 }
+
+#ifdef CHUNKATTN_WITH_CUDA
+std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                              Tensor softmax_lse, Tensor indices, int64_t region_size,
+                                                              int64_t merge, std::optional<double> scale,
+                                                              bool deterministic) {
+  const SelectMergeArguments arguments{q, k, v, indices, region_size, merge, scale};
+  check_select_merge_backward(arguments, dout, out, softmax_lse);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const Gradients gradients = new_gradients(q, k, v);
+  if (gradients.empty) return gradients.as_tuple();
+  const SelectMergeBackwardParams params = backward_params(arguments, dout, out, softmax_lse, gradients);
+  size_t bytes = 0;
+  cuda::select_merge_backward_workspace(params, deterministic, nullptr, &bytes);
+  const Tensor memory = new_workspace(q, bytes);
+  const SelectMergeBackwardWorkspace workspace =
+      cuda::select_merge_backward_workspace(params, deterministic, memory.mutable_data_ptr(), &bytes);
+  throw_if_failed(cuda::select_merge_backward(params, workspace, current_cuda_stream(q.get_device_index())));
+  return gradients.as_tuple();
+}
+#endif
 
 }  // namespace chunkattn::bindings

@@ -15,7 +15,7 @@ namespace {
 void decode_on_cuda(const SelectMergeDecodeParams& params, const Tensor& q) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   size_t bytes = 0;
-  throw_if_failed(cuda::select_merge_decode_workspace(params, nullptr, &bytes));
+  throw_if_failed(cuda::select_merge_decode_workspace(params, &bytes));
   const Tensor memory = new_workspace(q, bytes);
   throw_if_failed(
       cuda::select_merge_decode(params, memory.mutable_data_ptr(), current_cuda_stream(q.get_device_index())));

@@ -369,7 +369,8 @@ def select_merge(
         select_q, select_k: in the shapes of q and k, the rows to select on instead of q and k: the unrotated ones for
             selection without positions.
         scale: factor of the logits, default 1 / sqrt(D).
-        deterministic: as in :func:`dca`.
+        deterministic: make gradients repeat bit by bit, at some cost on CUDA, where they are otherwise summed in
+            whatever order. Default: what torch.use_deterministic_algorithms() says.
         return_lse: also return the log-sum-exp of the logits.
         return_indices: also return the region ids, as :func:`select` does, or indices where given.
 

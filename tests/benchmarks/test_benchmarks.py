@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import sys
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -19,7 +20,10 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
 common = importlib.import_module("common")
 peers = importlib.import_module("peers")
 benchmark_backward = importlib.import_module("benchmark_backward")
+benchmark_decode = importlib.import_module("benchmark_decode")
 benchmark_forward = importlib.import_module("benchmark_forward")
+benchmark_select_merge = importlib.import_module("benchmark_select_merge")
+benchmark_varlen = importlib.import_module("benchmark_varlen")
 gpu_session = importlib.import_module("gpu_session")
 sanitize_sweep = importlib.import_module("sanitize_sweep")
 
@@ -48,6 +52,10 @@ def run_backward(path, *arguments):
     return run_benchmark(benchmark_backward, path, *arguments)
 
 
+def run_varlen(path, *arguments):
+    return run_benchmark(benchmark_varlen, path, "--shape", "b3-s96-h4/2-d16", "--dca", "64:16", *arguments)
+
+
 class TestShape:
     @pytest.mark.parametrize("text", ["s8192-h32-d128", "s32768-h32/8-d128", "b2-s1/4096-h8-d64"])
     def test_round_trip(self, text):
@@ -66,6 +74,20 @@ class TestShape:
         assert shape.flops() == 2 * 2 * 3 * 1024 * 1024 * 64
         assert shape.flops("backward") == 2.5 * shape.flops()
         assert common.Shape.parse("s1/4k-h1-d64").flops() == pytest.approx(4 * 64 * 4096, rel=1e-3)
+
+
+class TestPackedShape:
+    def test_lengths(self):
+        lengths = benchmark_varlen.PackedShape.parse("b64-s8k-h32/8-d128").lengths
+        assert len(lengths) == 64
+        assert all(512 <= length <= 8192 for length in lengths)
+        assert len(set(lengths)) > 50
+        assert lengths == benchmark_varlen.PackedShape.parse("b64-s8k-h4-d64").lengths
+
+    def test_flops(self):
+        shape = benchmark_varlen.PackedShape.parse("b5-s1k-h3-d64")
+        assert shape.flops() == sum(2 * 3 * length * length * 64 for length in shape.lengths)
+        assert shape.flops("forward+backward") == 3.5 * shape.flops()
 
 
 def test_one_chunk_holds_all_keys():
@@ -158,13 +180,20 @@ def test_portable_kernel_is_given_back(monkeypatch):
 def test_every_round_has_an_order_of_its_own():
     order = []
     functions = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    timings = common.time_interleaved(functions, common.CpuClock(), rounds=12, seconds=0)
+    timings = common.time_interleaved(functions, common.CpuClock(), rounds=12, fewest_rounds=12, seconds=0)
     assert order[:6] == list("aabbcc")
     rounds = ["".join(order[begin : begin + 3]) for begin in range(6, len(order), 3)]
     assert len(rounds) == 12
     assert all(sorted(names) == list("abc") for names in rounds)
     assert {names[0] for names in rounds} == {names[-1] for names in rounds} == set("abc")
     assert all(len(timing.samples) == 12 for timing in timings.values())
+
+
+def test_slow_functions_have_fewer_rounds():
+    functions = {"slow": lambda: time.sleep(0.01), "fast": lambda: None}
+    timings = common.time_interleaved(functions, common.CpuClock(), rounds=50, fewest_rounds=2, seconds=0.03)
+    assert 2 <= len(timings["slow"].samples) <= 3
+    assert len(timings["fast"].samples) >= len(timings["slow"].samples)
 
 
 def test_timing():
@@ -276,6 +305,62 @@ class TestForward:
 
 
 @pytest.mark.usefixtures("quick_ceilings")
+class TestVarlen:
+    def test_results(self, tmp_path):
+        status, results = run_varlen(tmp_path / "varlen.json")
+        assert status == 0
+        assert results["header"]["benchmark"] == "varlen"
+        impls = ("chunkattn", "chunkattn-alone", "chunkattn-longest")
+        passes = ("forward", "forward+backward")
+        assert [(row["pass"], row["impl"]) for row in results["rows"]] == [(p, impl) for p in passes for impl in impls]
+        for row in results["rows"]:
+            assert row.keys() >= ROW_FIELDS
+            assert 0 < row["max_error"] < 0.2
+            assert row["batch"] == (1 if row["impl"] == "chunkattn-longest" else 3)
+        assert {"fa3", "chunkattn-portable"} <= results["absent"].keys()
+
+    def test_wrong_output_is_not_timed(self, monkeypatch, tmp_path):
+        correct = peers.chunkattn_step
+
+        def spoiled(name, *arguments):
+            def call():
+                results = correct(name, *arguments)()
+                if name == "dca_varlen":
+                    results[0][-1] += 0.5
+                return results
+
+            return call
+
+        monkeypatch.setattr(peers, "chunkattn_step", spoiled)
+        status, results = run_varlen(tmp_path / "varlen.json", "--impls", "chunkattn", "chunkattn-alone")
+        assert status == 1
+        assert {row["impl"] for row in results["rows"]} == {"chunkattn-alone"}
+        assert [failure["error"].partition(":")[0] for failure in results["failed"]] == [
+            "output is wrong",
+            "dq is wrong",
+        ]
+
+    def test_packed_fa3(self):
+        called = []
+
+        def fwd(*tensors, **keywords):
+            called.append((tensors, keywords))
+            return "out", "lse", None, None
+
+        def bwd(*tensors, **keywords):
+            called.append((tensors, keywords))
+            return "dq", "dk", "dv", None
+
+        ops = types.SimpleNamespace(fwd=fwd, bwd=bwd)
+        packing = {"cu_seqlens_q": 1, "max_seqlen_q": 2}
+        assert peers.packed_fa3_call(ops, "q", "k", "v", "dout", packing, False)() == ("out",)
+        assert peers.packed_fa3_call(ops, "q", "k", "v", "dout", packing, True)() == ("dq", "dk", "dv")
+        keywords = packing | {"is_causal": True}
+        assert called[-1] == (("dout", "q", "k", "v", "out", "lse"), keywords)
+        assert called[0] == (("q", "k", "v"), keywords)
+
+
+@pytest.mark.usefixtures("quick_ceilings")
 class TestBackward:
     def test_results(self, tmp_path):
         status, results = run_backward(tmp_path / "backward.json", "--dca", "64:16", "one")
@@ -318,6 +403,153 @@ class TestBackward:
         assert [row["impl"] for row in results["rows"]] == ["sdpa", "composed-sdpa"]
         assert [failure["impl"] for failure in results["failed"]] == ["chunkattn"]
         assert message in results["failed"][0]["error"]
+
+
+@pytest.mark.usefixtures("quick_ceilings")
+class TestDecode:
+    def run(self, path, *arguments):
+        quick = ["--device", "cpu", "--dca", "96:32", "--seconds", "0", "--rounds", "2", "--prefill-chunk", "60"]
+        status = benchmark_decode.main([*quick, "--json", str(path), *arguments])
+        return status, json.loads(path.read_text())
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    def test_results(self, tmp_path, dtype):
+        shapes = ["b2-s1/256-h4/2-d16", "s1/100-h4/2-d16", "s160-h4/2-d16"]
+        status, results = self.run(tmp_path / "decode.json", "--dtype", dtype, "--shape", *shapes)
+        assert results["failed"] == []
+        assert status == 0
+        rows = [(row["pass"], row["impl"], row["cache"], row["chunk_size"]) for row in results["rows"]]
+        paged = [f"pages of {size}" for size in (16, 64, 128)]
+        assert rows == [
+            *(("decode", "chunkattn", cache, 96) for cache in ("rows", *paged, "float8")),
+            *(("decode", "sdpa", cache, None) for cache in ("rows", *paged)),
+            ("decode", "composed-sdpa", "rows", 96),
+            ("step", "chunkattn", "rows", 96),
+            ("step", "sdpa", "rows", None),
+            ("prefill", "chunkattn", None, 96),
+            ("prefill", "chunkattn", "rows", 96),
+            ("prefill", "chunkattn", "pages of 16", 96),
+        ]
+        assert results["rows"][4]["gbps"] > 0
+        assert results["rows"][10]["steps_in_graph"] == benchmark_decode.STEPS
+        for row in results["rows"]:
+            assert 0 < row["max_error"] < 0.02
+        assert {"fa3", "composed-fa3"} == results["absent"].keys()
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda out, cache: out[-1, :, -1].mul_(1.1), "output is wrong"),
+            (lambda out, cache: out[0, :, 0].fill_(torch.nan), "not written"),
+            (lambda out, cache: cache.k[0, cache.length - 1, 0].mul_(1.1), "the appended token is wrong"),
+            (lambda out, cache: cache.v[-1, cache.length - 1, -1].neg_(), "the appended token is wrong"),
+        ],
+    )
+    def test_wrong_steps_are_not_timed(self, monkeypatch, tmp_path, spoil, message):
+        correct = benchmark_decode.dca_step
+
+        def step(q, cache, *arguments):
+            out = correct(q, cache, *arguments)
+            if cache.name == "rows":
+                spoil(out, cache)
+            return out
+
+        monkeypatch.setattr(benchmark_decode, "dca_step", step)
+        arguments = ["--shape", "b2-s1/256-h4/2-d16", "--dtype", "float32", "--impls", "chunkattn"]
+        status, results = self.run(tmp_path / "decode.json", *arguments)
+        assert status == 1
+        assert [row["cache"] for row in results["rows"]] == ["pages of 16", "pages of 64", "pages of 128", "float8"]
+        assert message in results["failed"][0]["error"]
+
+    def test_refused_shapes(self):
+        with pytest.raises(SystemExit, match="one query or as many queries as keys"):
+            benchmark_decode.main(["--device", "cpu", "--shape", "s2/256-h4/2-d16"])
+        with pytest.raises(SystemExit, match="takes shapes with as many queries as keys"):
+            benchmark_forward.main(["--device", "cpu", "--shape", "s1/256-h4/2-d16"])
+
+
+class TestSelectMerge:
+    @pytest.fixture(autouse=True)
+    def small_lists(self, monkeypatch):
+        """Groups of 16 tokens, of which the third and later ones choose."""
+        monkeypatch.setattr(benchmark_select_merge.SelectMerge, "lists", benchmark_select_merge.Lists(4, 6, 4))
+
+    def run(self, path, *arguments):
+        return run_benchmark(benchmark_select_merge, path, "--pass", *benchmark_select_merge.PASSES, *arguments)
+
+    def test_results(self, tmp_path):
+        status, results = self.run(tmp_path / "select_merge.json", "--dtype", "float32")
+        assert (status, results["failed"]) == (0, [])
+        assert results["header"].keys() >= HEADER_FIELDS
+        assert [(row["pass"], row["impl"]) for row in results["rows"]] == [
+            ("forward", "sdpa"),
+            ("forward", "chunkattn"),
+            ("selection", "chunkattn"),
+            ("attention", "chunkattn-dca"),
+            ("attention", "chunkattn"),
+            ("backward", "chunkattn-dca"),
+            ("backward", "chunkattn"),
+            ("training", "sdpa"),
+            ("training", "chunkattn"),
+        ]
+        for row in results["rows"]:
+            assert row.keys() >= ROW_FIELDS
+            assert row["pass"] == "selection" or 0 < row["max_error"] < 1e-3
+
+    def test_executed_flops(self):
+        lists, shape = benchmark_select_merge.Lists(4, 6, 4), common.Shape.parse("s40-h4/2-d16")
+        # Groups of 16, 16 and 8 tokens attend to 0, 4 and 6 regions before them.
+        pairs = 2 * 16 * 17 / 2 + 16 * 16 + 8 * 9 / 2 + 8 * 24
+        assert lists.flops(shape, "attention") == 4 * 4 * 16 * pairs
+        assert lists.flops(shape, "training") == 3.5 * lists.flops(shape, "forward")
+        assert lists.flops(shape, "selection") == 2 * 16 * 10**2
+
+    @pytest.mark.parametrize(
+        ("operator", "spoil", "failures"),
+        [
+            # What attends to lists that it selects itself then differs from the lists that were asked for.
+            ("select", lambda ids: ids[..., -1, 2].fill_(1), ["forward", "selection", "training"]),
+            ("select_merge", lambda out: out[:, -1].add_(0.1), ["forward", "attention", "training"]),
+        ],
+    )
+    def test_wrong_results_are_not_timed(self, monkeypatch, tmp_path, operator, spoil, failures):
+        correct = getattr(chunkattn, operator)
+
+        def wrong(*tensors, **options):
+            result = correct(*tensors, **options)
+            spoil(result)
+            return result
+
+        monkeypatch.setattr(chunkattn, operator, wrong)
+        status, results = self.run(tmp_path / "select_merge.json", "--dtype", "float32")
+        assert status == 1
+        assert {failure["impl"] for failure in results["failed"]} == {"chunkattn"}
+        assert [failure["pass"] for failure in results["failed"]] == failures
+
+    def test_without_a_backward(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(benchmark_select_merge._ops, "has_kernels", lambda name, _: name != "select_merge_backward")
+        status, results = self.run(tmp_path / "select_merge.json")
+        assert status == 0
+        assert {row["pass"] for row in results["rows"]} == {"forward", "selection", "attention"}
+        assert "select_merge_backward" in results["absent"]["gradients"]
+
+    def test_flex_attends_to_as_much(self, monkeypatch):
+        shape, lists = common.Shape.parse("s4096-h2/1-d16", "float32"), benchmark_select_merge.Lists(16, 64, 32)
+        q, k, v = shape.random_inputs("cpu")
+        indices = chunkattn.select(q, k, **lists.options())
+        seen = []
+
+        def attend(q, k, v, *, block_mask, **_):
+            seen.append(block_mask)
+            return q
+
+        flex = importlib.import_module("torch.nn.attention.flex_attention")
+        monkeypatch.setattr(flex, "flex_attention", attend)
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        assert peers.flex_regions(q, k, v, indices, lists)().shape == q.shape
+        (mask,) = seen
+        pairs = mask.full_kv_num_blocks.sum() * 128 * 128 + mask.kv_num_blocks.sum() * 128 * 129 / 2
+        assert 4 * 16 * pairs == lists.flops(shape, "attention")
 
 
 class TestFinetune:
@@ -459,6 +691,69 @@ class TestPlot:
         assert "| chunkattn | chunkattn-deterministic | chunkattn-portable | composed-fa3 |" in page.read_text()
         assert (tmp_path / "images" / "h100-backward.png").is_file()
 
+    def test_decode(self, tmp_path):
+        plot = importlib.import_module("plot")
+        setting = common.DcaSetting(3072, 512)
+        step, prompt = (common.Shape.parse(text) for text in ("b16-s1/32k-h32/8-d128", "s128k-h32/8-d128"))
+
+        def row(impl, pass_, shape, cache, ms, **extra):
+            timing = common.Timing((ms,))
+            if pass_ != "prefill":
+                extra["bytes_moved"] = 10**9
+            return common.make_row(impl, pass_, shape, timing, setting=setting, cache=cache, **extra)
+
+        rows = [
+            row("chunkattn", "decode", step, "rows", 1.0),
+            row("chunkattn", "decode", step, "float8", 0.5),
+            row("fa3", "decode", step, "rows", 1.1),
+            row("composed-fa3", "decode", step, "rows", 1.25),
+            row("chunkattn", "step", step, "rows", 0.0083, steps_in_graph=50),
+            row("chunkattn", "prefill", prompt, None, 200.0),
+            row("chunkattn", "prefill", prompt, "rows", 210.0, tokens=8192),
+        ]
+        header = common.make_header("decode", "cpu", {"matmul_tflops": 1, "matmul": "1^3", "copy_gbps": 1250})
+        path = tmp_path / "h100" / "decode.json"
+        common.write_results(path, header, rows)
+        page = tmp_path / "performance.md"
+        assert plot.main([str(path), "--page", str(page)]) == 0
+        text = page.read_text()
+        assert "| 16 x 32k | rows | 3072:512 | 1000 | 80.0% | 909 | 800 | 1.10 | 1.25 | - |" in text
+        assert "| 16 x 32k | float8 | 3072:512 | 2000 | 160.0% | - | - | - | - | 2.00 |" in text
+        assert "| 32,768 keys | 8.3 |" in text
+        assert "chunks of 8k, rows | 210 |" in text
+        assert "| 1.050 |" in text
+        assert (tmp_path / "images" / "h100-decode.png").is_file()
+
+    def test_select_merge(self, tmp_path):
+        plot = importlib.import_module("plot")
+        shape, setting = common.Shape.parse("s32k-h32-d128"), common.DcaSetting(3072, 512)
+
+        def row(impl, pass_, ms, text=None, **options):
+            at = common.Shape.parse(text) if text else shape
+            return common.make_row(impl, pass_, at, common.Timing((ms,)), **options)
+
+        rows = [
+            row("chunkattn-dca", "attention", 10.0, setting=setting),
+            row("chunkattn", "attention", 5.0, flops=4e12),
+        ]
+        rows += [row("fa3", "training", 50.0, flops=1e13), row("chunkattn", "training", 20.0, flops=5e12)]
+        for text, ms in (("s8k-h32/8-d128", 1.0), ("s1024k-h32/8-d128", 200.0)):
+            rows += [
+                row("chunkattn", "selection", ms / 10, text, flops=1e9),
+                row("chunkattn", "forward", ms, text, flops=1e9),
+            ]
+        rows.append(row("fa3", "forward", 2.0, "s8k-h32/8-d128"))
+        path = tmp_path / "h100" / "select_merge.json"
+        common.write_results(path, common.make_header("select_merge", "cpu"), rows)
+        page = tmp_path / "performance.md"
+        assert plot.main([str(path), "--page", str(page)]) == 0
+        text = page.read_text()
+        assert "| 8,192 | 1 | 10.0% | 2 | 2.00 |" in text
+        assert "| 1,048,576 | 200 | 10.0% | - | - |" in text
+        assert "| training | 32 heads, d 128, bf16, 32,768 keys | fa3 | 20 ms | 50 ms | 2.50 |" in text
+        assert "| fa3 at 8,192 x 16384 | 200 ms | 2 ms x 16384 | 163.8 |" in text
+        assert (tmp_path / "images" / "h100-select_merge.png").is_file()
+
     def test_missing_end_marker(self):
         plot = importlib.import_module("plot")
         page = plot.replace_section("", "x", "text").replace("<!-- benchmark x: end -->", "")
@@ -504,11 +799,12 @@ class TestGpuSession:
         assert status == 1
         assert stages["sanitizer"]["detail"] == "compute-sanitizer was not found"
 
-    @pytest.mark.parametrize("stage", ["forward", "backward"])
+    @pytest.mark.parametrize("stage", ["forward", "backward", "varlen", "decode", "select_merge"])
     def test_benchmark_stage(self, monkeypatch, tmp_path, stage):
         run = []
         monkeypatch.setattr(gpu_session, "run_limited", lambda command, *_: run.append(list(map(str, command))) or 0)
-        status, stages, output = self.run(tmp_path, "--stages", stage, f"--{stage}-args=--flex", "--fa3", "fa3")
+        further = f"--{stage.replace('_', '-')}-args=--flex"
+        status, stages, output = self.run(tmp_path, "--stages", stage, further, "--fa3", "fa3")
         assert (status, stages[stage]["status"]) == (0, "passed")
         ((_, script, *arguments),) = run
         assert script == f"benchmarks/benchmark_{stage}.py"

@@ -231,6 +231,8 @@ PROBLEMS = [
     Varlen(((5, 60), (1, 130), (0, 33), (70, 191)), 64, 96, 32, temperature=True),
     Varlen(((96, 96), (33, 290)), 256, 77, 13, kv_heads=4, dtype=torch.float16),
     Varlen(((30, 30), (100, 100), (7, 9)), 40, 32, 8, heads=6, kv_heads=1),
+    Varlen(((129, 129), (1, 200), (200, 260), (64, 64)), 64, 200, 77, temperature=True),
+    Varlen(((129, 129), (1, 200), (200, 260), (64, 64)), 256, 200, 77),
     Decode((0, 1, 63, 64, 65, 200), 128),
     Decode((150, 0, 37), 64, page_size=16),
     Decode((500, 131), 128, page_size=64, num_splits=3, heads=8, kv_heads=1),
@@ -246,6 +248,12 @@ PROBLEMS = [
     SelectMerge(260, 96, region_size=3, top_k=9, merge=11, eligibility="row", index_heads="q", dtype=torch.float16),
     SelectMerge(200, 256, region_size=1, top_k=40, merge=16, kv_heads=4),
     SelectMerge(190, 40, region_size=8, top_k=100, merge=1, heads=6, kv_heads=1),
+    SelectMerge(330, 128, region_size=16, top_k=9, merge=5, index_heads="q"),
+    SelectMerge(290, 256, region_size=8, top_k=20, merge=9, kv_heads=4, dtype=torch.float16),
+    SelectMerge(290, 256, region_size=8, top_k=20, merge=9),
+    SelectMerge(400, 64, region_size=24, top_k=8, merge=7, batch=2),
+    SelectMerge(400, 64, region_size=24, top_k=8, merge=7, index_heads="q", dtype=torch.float16),
+    SelectMerge(900, 128, region_size=1, top_k=130, merge=48),
 ]
 
 

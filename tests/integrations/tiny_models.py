@@ -92,6 +92,23 @@ def close(actual, expected, atol=ATOL):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
+def as_near(actual, peer, reference, factor=2):
+    """Asserts that 16-bit results are as near to a float32 reference as others of the same dtype are, by a factor."""
+    error, peer_error = ((x.cpu().float() - reference).abs().max().item() for x in (actual, peer))
+    assert error <= factor * peer_error
+
+
+def static_steps(model, step, tokens, prompt):
+    """Logits of tokens read through a static cache, those after the prompt one by one by `step`."""
+    cache = transformers.StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 5)
+    pieces = [logits(model, tokens[:, :prompt], past_key_values=cache)]
+    with torch.no_grad():
+        for n in range(prompt, tokens.shape[1]):
+            # The next replay of a CUDA graph overwrites what this one returned.
+            pieces.append(step(tokens[:, n : n + 1], past_key_values=cache).logits.clone())
+    return torch.cat(pieces, dim=1)
+
+
 def padded(side):
     """Tokens [3, LENGTH] and a mask whose rows hold 37, 25 and 6 real tokens."""
     tokens, mask = make_tokens(3), torch.ones(3, LENGTH, dtype=torch.long)

@@ -8,12 +8,9 @@
 #pragma once
 
 #include "cuda/backward/gradient_pieces.h"
-#include "cuda/backward/schedule.h"
+#include "cuda/backward/key_source.cuh"
 #include "cuda/backward/tile_sizes.h"
-#include "cuda/common/copy_rows.cuh"
-#include "cuda/common/gradients.cuh"
 #include "cuda/common/mask.cuh"
-#include "cuda/common/query_tiles.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/warp_multiply.cuh"
 
@@ -34,7 +31,7 @@ struct WarpGrid {
   static __device__ __forceinline__ int column() { return threadIdx.x / 32 % kWarpColumns * (kBlocks * 8); }
 };
 
-template <typename T, int kHeadDim, int kSharedKilobytes>
+template <typename T, int kHeadDim, int kSharedKilobytes, typename Keys>
 struct BackwardSm80 {
   using Sizes = BackwardSm80Tile<kHeadDim, kSharedKilobytes>;
   static constexpr int kTileM = Sizes::kTileM;
@@ -62,10 +59,10 @@ struct BackwardSm80 {
   const BackwardParams& params;
   const BackwardWorkspace& workspace;
   const BackwardVectorPaths& vectorized;
-  uint32_t shared;  // K, V, dO, the stages of Q, P, dS
-  int batch;
-  int kv_head;
-  QueryTile keys;
+  const Keys& source;
+  uint32_t shared;                  // K, V, dO, the stages of Q, P, dS
+  typename Keys::Tile own;          // the keys of this block
+  const AttendingQueries& queries;  // in shared memory
 
   __device__ __forceinline__ KeyShared k_tile() const { return {shared}; }
   __device__ __forceinline__ KeyShared v_tile() const { return {shared + KeyShared::kBytes}; }
@@ -82,29 +79,28 @@ struct BackwardSm80 {
 
   __device__ __forceinline__ void load_keys() const {
     const ForwardParams& forward = params.forward;
-    const T* k = static_cast<const T*>(forward.k) + batch * forward.k_strides.batch +
-                 keys.begin * forward.k_strides.seq + kv_head * forward.k_strides.head;
-    const T* v = static_cast<const T*>(forward.v) + batch * forward.v_strides.batch +
-                 keys.begin * forward.v_strides.seq + kv_head * forward.v_strides.head;
-    const int valid = keys.end - keys.begin;
+    const T* k =
+        static_cast<const T*>(forward.k) + own.batch * forward.k_strides.batch + own.kv_head * forward.k_strides.head;
+    const T* v =
+        static_cast<const T*>(forward.v) + own.batch * forward.v_strides.batch + own.kv_head * forward.v_strides.head;
     const int head_dim = forward.shape.head_dim;
-    copy_rows_async<kThreads>(k_tile(), k, forward.k_strides.seq, valid, head_dim, vectorized.k);
-    copy_rows_async<kThreads>(v_tile(), v, forward.v_strides.seq, valid, head_dim, vectorized.v);
+    source.template copy<kThreads>(k_tile(), k, forward.k_strides.seq, own, head_dim, vectorized.k);
+    source.template copy<kThreads>(v_tile(), v, forward.v_strides.seq, own, head_dim, vectorized.v);
   }
 
   __device__ __forceinline__ void load_queries(int stage, const AttendingTile& tile, int head) const {
     const int regime = static_cast<int>(tile.regime);
     const Strides& strides = workspace.regimes[regime].q_strides;
-    const T* q = static_cast<const T*>(workspace.regimes[regime].q) + batch * strides.batch + tile.row * strides.seq +
-                 head * strides.head;
+    const T* q = static_cast<const T*>(workspace.regimes[regime].q) + own.batch * strides.batch +
+                 tile.row * strides.seq + head * strides.head;
     copy_rows_async<kThreads>(q_tile(stage), q, strides.seq, tile.count, params.forward.shape.head_dim,
                               vectorized.q[regime]);
   }
 
   __device__ __forceinline__ void load_out_gradients(int stage, const AttendingTile& tile, int head) const {
     const Strides& strides = params.dout_strides;
-    const T* dout = static_cast<const T*>(params.dout) + batch * strides.batch +
-                    (tile.begin - params.forward.first_position()) * strides.seq + head * strides.head;
+    const T* dout =
+        static_cast<const T*>(params.dout) + own.batch * strides.batch + tile.query * strides.seq + head * strides.head;
     copy_rows_async<kThreads>(dout_tile(stage), dout, strides.seq, tile.count, params.forward.shape.head_dim,
                               vectorized.dout);
   }
@@ -113,8 +109,7 @@ struct BackwardSm80 {
   __device__ __forceinline__ void load_statistics(Statistics& lse, Statistics& delta, const AttendingTile& tile,
                                                   int plane) const {
     const int row = LogitGrid::row() + threadIdx.x % 32 / 4;
-    const int64_t first = static_cast<int64_t>(plane) * params.forward.shape.seqlen_q +
-                          (tile.begin - params.forward.first_position()) + row;
+    const int64_t first = static_cast<int64_t>(plane) * params.forward.rows_q() + tile.query + row;
     const float* tile_lse = params.forward.softmax_lse + first;
     const float* tile_delta = workspace.delta + first;
 #pragma unroll
@@ -131,11 +126,12 @@ struct BackwardSm80 {
 
   // Sets S of keys that queries of the tile do not attend to -inf.
   __device__ __forceinline__ void mask(Logits& s, const AttendingTile& tile) const {
-    const int valid = keys.end - keys.begin;
-    const bool causal = tile.regime == Regime::kIntra && keys.end - 1 > tile.begin;
+    const int valid = own.keys.end - own.keys.begin;
+    const bool causal = tile.regime == Regime::kIntra && own.keys.end - 1 > tile.begin;
     if (causal || valid < kTileN) {
       const int column = LogitGrid::column();
-      hide_keys(s, KeyTile{keys.begin + column, valid - column, tile.regime, causal}, tile.begin + LogitGrid::row());
+      hide_keys(s, KeyTile{own.keys.begin + column, valid - column, tile.regime, causal},
+                tile.begin + LogitGrid::row());
     }
   }
 
@@ -184,15 +180,16 @@ struct BackwardSm80 {
   // wait in that queue the others multiply. Of eight warps each tensor core has one of either half. Where blocks take
   // turns all add before dK: the next block waits for them.
   __device__ __forceinline__ void multiply_logit_gradients(KeyGradients& dk, int stage, const AttendingTile& tile,
-                                                           int plane, int key_tile, int query_tiles) const {
+                                                           int plane) const {
     constexpr Inner kAlong = Inner::kAlongRows, kDown = Inner::kDownRows;
     const int row = QueryGrid::row(), column = QueryGrid::column();
     QueryGradients dq = {};
     warp_multiply<T, kAlong, kDown, kTileN>(dq, ds_tile(), row, k_tile(), column);
-    int* turn =
-        workspace.turns == nullptr ? nullptr : workspace.turns + static_cast<int64_t>(plane) * query_tiles + tile.index;
+    int* turn = workspace.turns == nullptr ? nullptr
+                                           : workspace.turns + static_cast<int64_t>(plane) * workspace.turns_per_plane +
+                                                 queries.first_turn + tile.index;
     if (turn != nullptr) {
-      if (threadIdx.x == 0) wait_for_turn(turn, key_tile);
+      if (threadIdx.x == 0) wait_for_turn(turn, own.order);
       __syncthreads();
     }
     const RegimeQueries& regime = workspace.regimes[static_cast<int>(tile.regime)];
@@ -218,18 +215,18 @@ struct BackwardSm80 {
     if (late) add_pieces<true>(target, kPitch, dq, kTileM, kHeadDim);
   }
 
-  __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int key_tile) const {
+  __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv) const {
     constexpr Inner kDown = Inner::kDownRows;
     const ForwardParams& forward = params.forward;
-    const QueryTiling tiling{forward.geometry, forward.first_position(), forward.shape.seqlen_k, kTileM};
-    const int query_tiles = workspace.turns == nullptr ? 0 : tiling.count();
-    const int group = forward.shape.heads / forward.shape.kv_heads;
-    const float scale_log2 = logit_scale(forward, batch) * kLog2E;
+    const QueryTiling& tiling = queries.tiling;
+    const RegimeRows& rows = queries.rows;
+    const HeadRange heads = source.heads(forward.shape, own);
+    const float scale_log2 = logit_scale(forward, own.batch) * kLog2E;
     const int row = KeyGrid::row(), column = KeyGrid::column();
 
-    int head = kv_head * group;
-    QueryTileWalk walk(tiling, workspace.rows, keys.begin);
-    AttendingTile next = walk.tile(tiling);
+    int head = heads.begin;
+    auto walk = source.walk(params, tiling, rows, own);
+    AttendingTile next = walk.tile(tiling, rows);
     load_keys();
     load_queries(0, next, head);
     load_out_gradients(0, next, head);
@@ -237,15 +234,15 @@ struct BackwardSm80 {
     int stage = 0;
     for (bool more = true; more;) {
       const AttendingTile tile = next;
-      const int plane = batch * forward.shape.heads + head;
+      const int plane = static_cast<int>(forward.plane(own.batch, head));
       Statistics lse, delta;
       load_statistics(lse, delta, tile, plane);
-      walk.advance(tiling, workspace.rows);
+      walk.advance(tiling, rows);
       if (walk.done(tiling)) {
-        walk = QueryTileWalk(tiling, workspace.rows, keys.begin);
-        more = ++head < (kv_head + 1) * group;
+        walk = source.walk(params, tiling, rows, own);
+        more = ++head < heads.end;
       }
-      next = walk.tile(tiling);
+      next = walk.tile(tiling, rows);
 
       ptx::cp_async_wait<0>();
       __syncthreads();  // Q and dO are there, and every warp has finished with dS and the Q of the tile before
@@ -261,7 +258,7 @@ struct BackwardSm80 {
         if (more) load_out_gradients(0, next, head);
         ptx::cp_async_commit();
       }
-      multiply_logit_gradients(dk, stage, tile, plane, key_tile, query_tiles);
+      multiply_logit_gradients(dk, stage, tile, plane);
       if (kQueryStages == 1) {
         __syncthreads();  // every warp has finished with Q
         if (more) load_queries(next_stage, next, head);
@@ -271,44 +268,32 @@ struct BackwardSm80 {
     }
   }
 
-  // Scales dK, rotates it back to the keys that were passed in, and writes it beside dV.
+  // Gives away dK and dV of the keys.
   __device__ __forceinline__ void store_key_gradients(const KeyGradients& dk, const KeyGradients& dv,
                                                       float* staging) const {
-    const ForwardParams& forward = params.forward;
     const Staged staged{staging};
-    const int valid = keys.end - keys.begin;
-    const int head_dim = forward.shape.head_dim;
-    const auto first_row = [&](void* tensor, const Strides& strides) {
-      return static_cast<T*>(tensor) + batch * strides.batch + keys.begin * strides.seq + kv_head * strides.head;
-    };
-    __syncthreads();  // every warp has finished with the tiles
-    staged.collect(dv, KeyGrid::row(), KeyGrid::column(), 1.f);
-    __syncthreads();
-    store_staged<kThreads>(staged, first_row(params.dv, params.dv_strides), params.dv_strides.seq, valid, head_dim,
-                           forward.rotary, -1, vectorized.dv, threadIdx.x);
-    __syncthreads();
-    staged.collect(dk, KeyGrid::row(), KeyGrid::column(), logit_scale(forward, batch));
-    __syncthreads();
-    store_staged<kThreads>(staged, first_row(params.dk, params.dk_strides), params.dk_strides.seq, valid, head_dim,
-                           forward.rotary, workspace.dk_rotated ? -1 : forward.geometry.key_row(keys.begin),
-                           vectorized.dk, threadIdx.x);
+    const int row = KeyGrid::row(), column = KeyGrid::column();
+    const auto sync = [] { __syncthreads(); };
+    sync();  // every warp has finished with the tiles
+    source.template store_values<T, kThreads>(dv, row, column, staged, params, workspace, vectorized, own, threadIdx.x,
+                                              sync);
+    sync();
+    source.template store_keys<T, kThreads>(dk, row, column, staged, params, workspace, vectorized, own, threadIdx.x,
+                                            sync);
   }
 
   static __device__ __forceinline__ void run(const BackwardParams& params, const BackwardWorkspace& workspace,
-                                             const BackwardVectorPaths& vectorized, const TileSchedule& schedule) {
+                                             const BackwardVectorPaths& vectorized, const Keys& source,
+                                             const TileSchedule& schedule) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
-    const KeyTileItem item = key_tile_item(schedule, blockIdx.x);
-    const int kv_heads = params.forward.shape.kv_heads;
-    const QueryTiling tiling{params.forward.geometry, 0, params.forward.shape.seqlen_k, kTileN};
-    const BackwardSm80 self{params,
-                            workspace,
-                            vectorized,
-                            ptx::shared_address(shared_memory),
-                            item.plane / kv_heads,
-                            item.plane % kv_heads,
-                            tiling.tile(item.tile)};
+    __shared__ typename Keys::Tile own;
+    __shared__ AttendingQueries queries;
+    const bool any =
+        threadIdx.x == 0 && source.describe(own, queries, params, workspace, schedule, blockIdx.x, kTileM, kTileN);
+    if (__syncthreads_or(any) == 0) return;
+    const BackwardSm80 self{params, workspace, vectorized, source, ptx::shared_address(shared_memory), own, queries};
     KeyGradients dk = {}, dv = {};
-    self.accumulate(dk, dv, item.tile);
+    self.accumulate(dk, dv);
     self.store_key_gradients(dk, dv, reinterpret_cast<float*>(shared_memory));
   }
 };

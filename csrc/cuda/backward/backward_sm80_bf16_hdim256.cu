@@ -6,4 +6,9 @@ template const char* launch_backward_sm80<__nv_bfloat16, 256>(const BackwardPara
                                                               const BackwardVectorPaths&, const KernelPlan&,
                                                               cudaStream_t);
 
+template const char* launch_region_backward_sm80<__nv_bfloat16, 256>(const BackwardParams&, const BackwardWorkspace&,
+                                                                     const AttendedRegions&, const KeyGradientSums&,
+                                                                     const BackwardVectorPaths&, const KernelPlan&,
+                                                                     cudaStream_t);
+
 }  // namespace chunkattn::cuda

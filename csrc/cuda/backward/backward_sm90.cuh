@@ -10,9 +10,9 @@
 
 namespace chunkattn::cuda {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Keys>
 struct BackwardSm90 {
-  using Block = BackwardSm90Block<T, kHeadDim>;
+  using Block = BackwardSm90Block<T, kHeadDim, Keys>;
   using Logits = typename Block::Logits;
   using Operand = typename Block::Operand;
   using KeyGradients = typename Block::KeyGradients;
@@ -37,14 +37,21 @@ struct BackwardSm90 {
 
   __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int warpgroup) const {
     auto& control = block.control;
-    const float scale_log2 = logit_scale(block.params.forward, block.batch) * kLog2E;
-    const int key_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
+    const float scale_log2 = logit_scale(block.params.forward, block.own.batch) * kLog2E;
+    const int thread = Block::warpgroup_thread();
+    const int key_row = warpgroup * 64 + thread / 32 * 16;
+    const uint32_t ds_row = Block::ds_row(block.ds_tile(0), key_row, thread);
     Ring<Block::kStages> ring;
     int buffer = 0;
     ptx::mbarrier_wait(&control.keys_full, 0);
     block.clear_missing_keys(threadIdx.x - (Block::kThreads - Block::kConsumerThreads));
     ring.wait_full(control.query_full);
-    Logits p;
+    // A tile's statistics are read before its own products start: what a warp loads from shared memory comes behind the
+    // operands of the products it has started. Delta is where dP is to be: dP - delta costs nothing then.
+    Logits p, ds;
+    typename Block::PerQuery lse_log2;
+    if constexpr (kEarlyValues) Block::load_per_query(lse_log2, control.statistics[0].lse_log2, thread);
+    Block::set_minus_delta(ds, control.statistics[0], thread);
     if constexpr (!kEarlyValues) {
       start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
       ptx::wgmma_wait<0>();
@@ -54,15 +61,15 @@ struct BackwardSm90 {
     for (bool more = true; more;) {
       const typename Block::Statistics& statistics = control.statistics[ring.index];
       const bool masked = statistics.masked;
-      Logits ds;
+      ptx::pin(ds);
       if constexpr (kEarlyValues) start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
       ring.wait_full(control.dout_full);
-      start_rows_by_rows<T>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(ring.index));
-      typename Block::PerQuery lse_log2, delta;
-      Block::load_per_query(lse_log2, statistics.lse_log2);
+      start_rows_by_rows<T, true>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(ring.index));
       if constexpr (kEarlyValues) {
         ptx::wgmma_wait<1>();
         ptx::pin(p);
+      } else {
+        Block::load_per_query(lse_log2, statistics.lse_log2, thread);  // there are no registers to keep it in
       }
       if (masked) block.hide_keys(p, statistics.tile, key_row);
       Block::exponentiate(p, lse_log2, scale_log2);
@@ -77,16 +84,16 @@ struct BackwardSm90 {
       Ring<Block::kStages> next = ring;
       next.advance();
       next.wait_full(control.query_full);
-      more = control.statistics[next.index].plane >= 0;
+      const typename Block::Statistics& next_statistics = control.statistics[next.index];
+      more = next_statistics.plane >= 0;
       ptx::wgmma_wait<kEarlyValues ? 1 : 0>();
       ptx::pin(ds);
       if constexpr (!kEarlyValues) Block::round(p_operand, p);
-      Block::load_per_query(delta, statistics.delta);
-      Block::differentiate(ds_operand, p, ds, delta);
+      Block::differentiate(ds_operand, p, ds);
       if constexpr (!kEarlyValues) start_operand_by_rows<T>(dv[0], p_operand, block.dout_tile(ring.index));
       // Of two buffers of dS this one was read two tiles ago: everybody has passed the barrier below since.
       if (Block::kLogitBuffers == 1) Block::sync_consumers();
-      Block::store_ds(block.ds_tile(buffer), ds_operand, key_row);
+      Block::store_ds(ds_row + buffer * Block::LogitShared::kBytes, ds_operand);
       ptx::fence_async_proxy();
       Block::sync_consumers();
       QueryGradients dq;
@@ -96,18 +103,20 @@ struct BackwardSm90 {
       ptx::mbarrier_arrive(control.statistics_empty + ring.index);
       ptx::wgmma_wait<2>();
       ptx::pin(dv[0]);
-      Block::arrive_warp(control.dout_empty + ring.index);
+      Block::arrive_warp(control.dout_empty + ring.index, thread);
       ptx::wgmma_wait<1>();
       ptx::pin(dq[0]);
       Block::wait_part_free(warpgroup);
-      Block::store_part(dq, dq_part(warpgroup));
+      Block::store_part(dq, dq_part(warpgroup), thread);
       Block::pass_part_on(warpgroup);
-      // Behind the last tile the next S is of no use and does no harm.
+      // Behind the last tile the next S is of no use and does no harm; nor do its statistics.
+      if constexpr (kEarlyValues) Block::load_per_query(lse_log2, next_statistics.lse_log2, thread);
       if constexpr (!kEarlyValues) start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(next.index));
+      Block::set_minus_delta(ds, next_statistics, thread);
       ptx::wgmma_wait<0>();
       ptx::pin(dk[0]);
       if constexpr (!kEarlyValues) ptx::pin(p);
-      Block::arrive_warp(control.query_empty + ring.index);
+      Block::arrive_warp(control.query_empty + ring.index, thread);
       ring = next;
     }
     Block::wait_part_free(warpgroup);
@@ -120,14 +129,11 @@ struct BackwardSm90 {
     static_assert(Block::Staged::kBytes <= Block::kTileBytes);
     const int thread = threadIdx.x - (Block::kThreads - Block::kConsumerThreads);
     const int key_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
-    Block::sync_consumers();  // everybody has finished with the tiles
-    staged.collect(dv, key_row, 0, 1.f);
-    Block::sync_consumers();
-    block.template store_values<Block::kConsumerThreads>(staged, vectorized.dv, thread);
-    Block::sync_consumers();
-    staged.collect(dk, key_row, 0, logit_scale(block.params.forward, block.batch));
-    Block::sync_consumers();
-    block.template store_keys<Block::kConsumerThreads>(staged, vectorized.dk, thread);
+    const auto sync = [] { Block::sync_consumers(); };
+    sync();  // everybody has finished with the tiles
+    block.template store_values<Block::kConsumerThreads>(dv, key_row, staged, vectorized, thread, sync);
+    sync();
+    block.template store_keys<Block::kConsumerThreads>(dk, key_row, staged, vectorized, thread, sync);
   }
 };
 

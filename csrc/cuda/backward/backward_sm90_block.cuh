@@ -8,10 +8,8 @@
 // kernel is what they do (backward_sm90.cuh, backward_sm90_wide.cuh).
 #pragma once
 
-#include "cuda/backward/schedule.h"
+#include "cuda/backward/key_source.cuh"
 #include "cuda/backward/tile_sizes.h"
-#include "cuda/common/gradients.cuh"
-#include "cuda/common/query_tiles.cuh"
 #include "cuda/common/ring.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/swizzled_tile.cuh"
@@ -31,7 +29,7 @@ struct BackwardMaps {
   CUtensorMap dq[3];  // of each regime; what it adds to
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Keys>
 struct BackwardSm90Block {
   using Sizes = BackwardSm90Tile<kHeadDim>;
   static constexpr int kTileM = Sizes::kTileM;
@@ -73,6 +71,7 @@ struct BackwardSm90Block {
     uint64_t dout_full[kStages], dout_empty[kStages];
     uint64_t statistics_empty[kStages];  // they are full with the queries
     Statistics statistics[kStages];
+    int key_rows[Keys::kInRegions ? kTileN / 8 : 1];  // where the boxes of K and V lie that come one by one
   };
 
   static constexpr size_t kTileBytes = backward_sm90_tile_bytes<kHeadDim>();
@@ -82,12 +81,10 @@ struct BackwardSm90Block {
   const BackwardParams& params;
   const BackwardWorkspace& workspace;
   const BackwardMaps& maps;
+  const Keys& source;
   uint32_t shared;  // K, V, the stages of Q, of dO, and what the kernel puts behind them
   Control& control;
-  int batch;
-  int kv_head;
-  int key_tile;
-  QueryTile keys;
+  typename Keys::Tile own;  // the keys of this block
 
   __device__ __forceinline__ KeyShared k_tile() const { return {shared}; }
   __device__ __forceinline__ KeyShared v_tile() const { return {shared + KeyShared::kBytes}; }
@@ -102,7 +99,6 @@ struct BackwardSm90Block {
   __device__ __forceinline__ QueryTiling tiling() const {
     return {params.forward.geometry, params.forward.first_position(), params.forward.shape.seqlen_k, kTileM};
   }
-  __device__ __forceinline__ int group() const { return params.forward.shape.heads / params.forward.shape.kv_heads; }
 
   // How often the consumers and the warps of dQ arrive when they need Q, and dO, of a stage no longer.
   __device__ __forceinline__ void init_barriers(int query_arrivals, int dout_arrivals) const {
@@ -127,26 +123,54 @@ struct BackwardSm90Block {
     }
   }
 
+  // One warp, before anything starts: regions lie anywhere. Boxes behind the keys come from behind the tensor, as
+  // zeros.
+  __device__ __forceinline__ void find_regions() const {
+    const ListedRegions regions = source.regions(own);
+    for (int box = threadIdx.x % 32; box < kTileN / source.box_rows; box += 32) {
+      const int key = box * source.box_rows;
+      control.key_rows[box] =
+          key < own.keys.end - own.keys.begin ? source.token(regions, own, key) : params.forward.shape.seqlen_k;
+    }
+  }
+
+  // One warp. One thread of it starts the copies, and ptxas is told that it is alone: otherwise they take many times as
+  // long.
+  __device__ __forceinline__ void load_regions() const {
+    if (!ptx::elect_one()) return;
+    ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
+#pragma unroll 1
+    for (int box = 0; box < kTileN / source.box_rows; ++box) {
+      const int row = control.key_rows[box];
+      const uint32_t offset = box * source.box_rows * 128;
+      load_tile(KeyShared{k_tile().base + offset}, &maps.k, &control.keys_full, row, own.kv_head, own.batch);
+      load_tile(KeyShared{v_tile().base + offset}, &maps.v, &control.keys_full, row, own.kv_head, own.batch);
+    }
+  }
+
   // One thread.
   __device__ __forceinline__ void load_tiles() const {
-    ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
-    load_tile(k_tile(), &maps.k, &control.keys_full, keys.begin, kv_head, batch);
-    load_tile(v_tile(), &maps.v, &control.keys_full, keys.begin, kv_head, batch);
+    if constexpr (!Keys::kInRegions) {
+      ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
+      load_tile(k_tile(), &maps.k, &control.keys_full, own.keys.begin, own.kv_head, own.batch);
+      load_tile(v_tile(), &maps.v, &control.keys_full, own.keys.begin, own.kv_head, own.batch);
+    }
     const QueryTiling tiles = tiling();
+    const HeadRange heads = source.heads(params.forward.shape, own);
     Ring<kStages> ring;
 #pragma unroll 1
-    for (int head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
-      for (QueryTileWalk walk(tiles, workspace.rows, keys.begin); !walk.done(tiles);
+    for (int head = heads.begin; head < heads.end; ++head) {
+      for (auto walk = source.walk(params, tiles, workspace.rows, own); !walk.done(tiles);
            walk.advance(tiles, workspace.rows)) {
-        const AttendingTile tile = walk.tile(tiles);
+        const AttendingTile tile = walk.tile(tiles, workspace.rows);
         ring.wait_empty(control.query_empty);
         uint64_t* full = control.query_full + ring.index;
         ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
-        load_tile(q_tile(ring.index), maps.q + static_cast<int>(tile.regime), full, tile.row, head, batch);
+        load_tile(q_tile(ring.index), maps.q + static_cast<int>(tile.regime), full, tile.row, head, own.batch);
         ring.wait_empty(control.dout_empty);
         full = control.dout_full + ring.index;
         ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
-        load_tile(dout_tile(ring.index), &maps.dout, full, tile.begin - tiles.begin, head, batch);
+        load_tile(dout_tile(ring.index), &maps.dout, full, tile.begin - tiles.begin, head, own.batch);
         ring.advance();
       }
     }
@@ -156,13 +180,14 @@ struct BackwardSm90Block {
   __device__ __forceinline__ void load_statistics() const {
     const QueryTiling tiles = tiling();
     const int lane = threadIdx.x % 32;
+    const HeadRange heads = source.heads(params.forward.shape, own);
     Ring<kStages> ring;
 #pragma unroll 1
-    for (int head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
-      const int plane = batch * params.forward.shape.heads + head;
-      for (QueryTileWalk walk(tiles, workspace.rows, keys.begin); !walk.done(tiles);
+    for (int head = heads.begin; head < heads.end; ++head) {
+      const int plane = own.batch * params.forward.shape.heads + head;
+      for (auto walk = source.walk(params, tiles, workspace.rows, own); !walk.done(tiles);
            walk.advance(tiles, workspace.rows)) {
-        const AttendingTile tile = walk.tile(tiles);
+        const AttendingTile tile = walk.tile(tiles, workspace.rows);
         const int64_t first = static_cast<int64_t>(plane) * params.forward.shape.seqlen_q + (tile.begin - tiles.begin);
         ring.wait_empty(control.statistics_empty);
         Statistics& statistics = control.statistics[ring.index];
@@ -175,8 +200,8 @@ struct BackwardSm90Block {
         }
         if (lane == 0) {
           statistics.tile = tile;
-          statistics.masked =
-              (tile.regime == Regime::kIntra && keys.end - 1 > tile.begin) || keys.end - keys.begin < kTileN;
+          statistics.masked = (tile.regime == Regime::kIntra && own.keys.end - 1 > tile.begin) ||
+                              own.keys.end - own.keys.begin < kTileN;
           statistics.plane = plane;
         }
         ptx::mbarrier_arrive(control.query_full + ring.index);
@@ -207,14 +232,22 @@ struct BackwardSm90Block {
     ptx::wgmma_commit();
   }
 
-  static __device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
+  // This thread's index in its warpgroup. ptxas would sooner read the special register again, tile after tile, which
+  // takes as long as shared memory, than keep the index; what a shuffle returned it has to keep.
+  static __device__ __forceinline__ int warpgroup_thread() {
+    return __shfl_sync(0xffffffffu, threadIdx.x, threadIdx.x % 32) % 128;
+  }
+
+  static __device__ __forceinline__ void arrive_warp(uint64_t* barrier, int thread) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+    if (thread % 32 == 0) ptx::mbarrier_arrive(barrier);
   }
 
   // Behind a partial tile the copy engine brought keys of the next chunk. Their P is zero, but they must be finite too.
+  // Boxes of regions end where the tile does.
   __device__ __forceinline__ void clear_missing_keys(int thread) const {
-    const int valid = keys.end - keys.begin;
+    if constexpr (Keys::kInRegions) return;
+    const int valid = own.keys.end - own.keys.begin;
     if (valid == kTileN) return;
     for (int i = thread; i < (kTileN - valid) * KeyShared::kChunksPerRow; i += kConsumerThreads) {
       const int row = valid + i / KeyShared::kChunksPerRow, chunk = i % KeyShared::kChunksPerRow;
@@ -240,9 +273,9 @@ struct BackwardSm90Block {
     const bool causal = tile.regime == Regime::kIntra;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int position = keys.begin + key_row + half * 8 + lane / 4;
+      const int position = own.keys.begin + key_row + half * 8 + lane / 4;
       // The first query of the tile that sees the key.
-      const int first = position >= keys.end ? kTileM : causal ? position - tile.begin : 0;
+      const int first = position >= own.keys.end ? kTileM : causal ? position - tile.begin : 0;
       const int begin = first - lane % 4 * 2;
 #pragma unroll
       for (int block = 0; block < kTileM / 8; ++block) {
@@ -258,10 +291,10 @@ struct BackwardSm90Block {
   static __device__ __forceinline__ int per_query_index(int query) {
     return query / 16 * 16 + query % 8 / 2 * 4 + query / 8 % 2 * 2 + query % 2;
   }
-  static __device__ __forceinline__ void load_per_query(PerQuery& x, const float (&values)[kTileM]) {
+  static __device__ __forceinline__ void load_per_query(PerQuery& x, const float (&values)[kTileM], int thread) {
 #pragma unroll
     for (int block = 0; block < kTileM / 8; block += 2) {
-      const float4 pairs = *reinterpret_cast<const float4*>(values + block * 8 + threadIdx.x % 4 * 4);
+      const float4 pairs = *reinterpret_cast<const float4*>(values + block * 8 + thread % 4 * 4);
       x[block] = {pairs.x, pairs.y};
       x[block + 1] = {pairs.z, pairs.w};
     }
@@ -294,25 +327,38 @@ struct BackwardSm90Block {
     }
   }
 
-  // dP becomes dS = P (dP - delta), without the logits' scale, rounded to T.
-  static __device__ __forceinline__ void differentiate(Operand& operand, const Logits& p, Logits& ds,
-                                                       const PerQuery& delta) {
+  // What dP = V dO^T is added to.
+  static __device__ __forceinline__ void set_minus_delta(Logits& ds, const Statistics& statistics, int thread) {
+    PerQuery delta;
+    load_per_query(delta, statistics.delta, thread);
 #pragma unroll
     for (int block = 0; block < kTileM / 8; ++block) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ds[block][i] = p[block][i] * (ds[block][i] - (i % 2 == 0 ? delta[block].x : delta[block].y));
-      }
+      for (int i = 0; i < 4; ++i) ds[block][i] = -(i % 2 == 0 ? delta[block].x : delta[block].y);
+    }
+  }
+
+  // dP - delta becomes dS = P (dP - delta), without the logits' scale, rounded to T.
+  static __device__ __forceinline__ void differentiate(Operand& operand, const Logits& p, Logits& ds) {
+#pragma unroll
+    for (int block = 0; block < kTileM / 8; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ds[block][i] *= p[block][i];
     }
     round(operand, ds);
   }
 
-  static __device__ __forceinline__ void store_ds(const LogitShared& shared, const Operand& ds, int key_row) {
-    const int lane = threadIdx.x % 32;
-    const int row = key_row + lane / 8 % 2 * 8 + lane % 8;
+  // Where a thread's row of dS begins, of the warp's 16 keys from `key_row` on.
+  static __device__ __forceinline__ uint32_t ds_row(const LogitShared& shared, int key_row, int thread) {
+    const int lane = thread % 32;
+    return shared.address(key_row + lane / 8 % 2 * 8 + lane % 8, lane / 16);
+  }
+
+  static __device__ __forceinline__ void store_ds(uint32_t row, const Operand& ds) {
 #pragma unroll
     for (int step = 0; step < kTileM / 16; ++step) {
-      ptx::stmatrix_x4(shared.address(row, 2 * step + lane / 16), ds[step]);
+      // Two chunks further on in the row, as the panel permutes them: PanelTile::address().
+      ptx::stmatrix_x4((row ^ (step % 4 * 32)) + step / 4 * LogitShared::kPanelBytes, ds[step]);
     }
   }
 
@@ -323,13 +369,13 @@ struct BackwardSm90Block {
   // Writes this warpgroup's part of dQ to shared memory. Rows behind the tile's queries are zero. Half a warp stores
   // four rows at once, of which the swizzle would put neighbours on the same banks: odd rows store their blocks in
   // another order.
-  static __device__ __forceinline__ void store_part(const QueryGradients& dq, uint32_t part) {
-    const int lane = threadIdx.x % 32;
+  static __device__ __forceinline__ void store_part(const QueryGradients& dq, uint32_t part, int thread) {
+    const int lane = thread % 32;
     const bool odd = lane / 4 % 2 == 1;
     const int column = odd ? 4 : 0;  // chunk by which the pair of blocks changes places
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = threadIdx.x / 32 % 4 * 16 + half * 8 + lane / 4;
+      const int row = thread / 32 * 16 + half * 8 + lane / 4;
 #pragma unroll
       for (int block = 0; block < kQueryColumns / 8; ++block) {
         const int chunk = (block % 4 * 2 + lane % 4 / 2) ^ column;
@@ -371,7 +417,7 @@ struct BackwardSm90Block {
                         ? nullptr
                         : workspace.turns + static_cast<int64_t>(statistics.plane) * query_tiles + tile.index;
         if (turn != nullptr) {
-          wait_for_turn(turn, kConsumers * key_tile);  // each warpgroup of the tiles before passes one on
+          wait_for_turn(turn, kConsumers * own.order);  // each warpgroup of the tiles before passes one on
           ptx::fence_async_proxy_all();
         }
 #pragma unroll
@@ -390,60 +436,55 @@ struct BackwardSm90Block {
         }
       }
       ptx::mbarrier_arrive(control.statistics_empty + ring.index);
-      arrive_warp(empty + ring.index);
+      arrive_warp(empty + ring.index, threadIdx.x);
       ring.advance();
     }
   }
 
-  template <typename Element>
-  __device__ __forceinline__ T* first_row(Element* tensor, const Strides& strides) const {
-    return static_cast<T*>(tensor) + batch * strides.batch + keys.begin * strides.seq + kv_head * strides.head;
+  // Gives away dV, and dK, of the keys: this thread's rows begin at key_row.
+  template <int kStoring, typename Sync>
+  __device__ __forceinline__ void store_values(const KeyGradients& dv, int key_row, const Staged& staged,
+                                               const BackwardVectorPaths& vectorized, int thread, Sync&& sync) const {
+    source.template store_values<T, kStoring>(dv, key_row, 0, staged, params, workspace, vectorized, own, thread, sync);
   }
-
-  // Writes the tile's staged dV by kStoring threads.
-  template <int kStoring>
-  __device__ __forceinline__ void store_values(const Staged& staged, bool vectorized, int thread) const {
-    store_staged<kStoring>(staged, first_row(params.dv, params.dv_strides), params.dv_strides.seq,
-                           keys.end - keys.begin, params.forward.shape.head_dim, params.forward.rotary, -1, vectorized,
-                           thread);
-  }
-
-  // The same of dK, rotated back to the keys that were passed in.
-  template <int kStoring>
-  __device__ __forceinline__ void store_keys(const Staged& staged, bool vectorized, int thread) const {
-    store_staged<kStoring>(staged, first_row(params.dk, params.dk_strides), params.dk_strides.seq,
-                           keys.end - keys.begin, params.forward.shape.head_dim, params.forward.rotary,
-                           workspace.dk_rotated ? -1 : params.forward.geometry.key_row(keys.begin), vectorized, thread);
+  template <int kStoring, typename Sync>
+  __device__ __forceinline__ void store_keys(const KeyGradients& dk, int key_row, const Staged& staged,
+                                             const BackwardVectorPaths& vectorized, int thread, Sync&& sync) const {
+    source.template store_keys<T, kStoring>(dk, key_row, 0, staged, params, workspace, vectorized, own, thread, sync);
   }
 };
 
 // The body of a kernel. Kernel is made of its Block and says what consumer warpgroups do, where they leave dQ, and how
 // often they and the warps of dQ say that a stage is free.
-template <typename Kernel>
+template <typename Kernel, typename Keys>
 __device__ __forceinline__ void run_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
                                                   const BackwardVectorPaths& vectorized, const TileSchedule& schedule,
-                                                  const BackwardMaps& maps) {
+                                                  const Keys& source, const BackwardMaps& maps) {
   using Block = typename Kernel::Block;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  const KeyTileItem item = key_tile_item(schedule, blockIdx.x);
-  const int kv_heads = params.forward.shape.kv_heads;
-  const QueryTiling tiling{params.forward.geometry, 0, params.forward.shape.seqlen_k, Block::kTileN};
   const Block block{params,
                     workspace,
                     maps,
+                    source,
                     ptx::shared_address(shared_memory),
                     *reinterpret_cast<typename Block::Control*>(shared_memory + Block::kTileBytes),
-                    item.plane / kv_heads,
-                    item.plane % kv_heads,
-                    item.tile,
-                    tiling.tile(item.tile)};
+                    source.tile(params, key_tile_item(schedule, blockIdx.x), Block::kTileN)};
+  if constexpr (Keys::kInRegions) {
+    if (block.own.keys.begin >= block.own.keys.end) return;
+  }
   const Kernel kernel{block};
   // The shuffle tells ptxas that the index is uniform, and so are the descriptors made of it.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) block.init_barriers(Kernel::kQueryArrivals, Kernel::kDoutArrivals);
+  if constexpr (Keys::kInRegions) {
+    if (threadIdx.x / 32 == 1) block.find_regions();
+  }
   __syncthreads();
   if (warpgroup == 0) {
     ptx::registers_decrease<Block::Sizes::kProducerRegisters>();
+    if constexpr (Keys::kInRegions) {
+      if (threadIdx.x / 32 == 0) block.load_regions();
+    }
     if (threadIdx.x == 0) block.load_tiles();
     if (threadIdx.x / 32 == 1) block.load_statistics();
     if (threadIdx.x / 32 >= 2) kernel.add_query_gradients(threadIdx.x / 32 - 2);

@@ -13,9 +13,9 @@
 
 namespace chunkattn::cuda {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Keys>
 struct BackwardSm90Wide {
-  using Block = BackwardSm90Block<T, kHeadDim>;
+  using Block = BackwardSm90Block<T, kHeadDim, Keys>;
   using Logits = typename Block::Logits;
   using Operand = typename Block::Operand;
   using KeyGradients = typename Block::KeyGradients;
@@ -42,8 +42,8 @@ struct BackwardSm90Wide {
   }
   __device__ __forceinline__ typename Block::LogitShared ds_tile() const { return block.ds_tile(0); }
   // Where a thread leaves its P, rounded.
-  __device__ __forceinline__ uint32_t weights(int step) const {
-    return block.ds_tile(1).base + (step * 128 + threadIdx.x % 128) * 16;
+  __device__ __forceinline__ uint32_t weights(int step, int thread) const {
+    return block.ds_tile(1).base + (step * 128 + thread) * 16;
   }
 
   __device__ __forceinline__ void add_query_gradients(int warpgroup) const {
@@ -57,59 +57,56 @@ struct BackwardSm90Wide {
 
   // Starts S^T or dP^T.
   template <int kGradient>
-  __device__ __forceinline__ void start_logits(Logits& logits, int stage) const {
+  __device__ __forceinline__ void start_logits(Logits& logits, int stage, int thread) const {
     if constexpr (kGradient == kValues) {
       start_rows_by_rows<T>(logits, block.k_tile(), 0, block.q_tile(stage));
     } else {
-      start_rows_by_rows<T>(logits, block.v_tile(), 0, block.dout_tile(stage));
+      Block::set_minus_delta(logits, block.control.statistics[stage], thread);
+      start_rows_by_rows<T, true>(logits, block.v_tile(), 0, block.dout_tile(stage));
     }
   }
 
   // S^T becomes P^T, which is handed on.
   __device__ __forceinline__ void make_weights(Operand& operand, Logits& logits,
-                                               const typename Block::Statistics& statistics, float scale_log2) const {
+                                               const typename Block::Statistics& statistics, float scale_log2,
+                                               int thread) const {
     typename Block::PerQuery lse_log2;
-    Block::load_per_query(lse_log2, statistics.lse_log2);
-    if (statistics.masked) block.hide_keys(logits, statistics.tile, threadIdx.x / 32 % 4 * 16);
+    Block::load_per_query(lse_log2, statistics.lse_log2, thread);
+    if (statistics.masked) block.hide_keys(logits, statistics.tile, thread / 32 * 16);
     Block::exponentiate(logits, lse_log2, scale_log2);
     Block::round(operand, logits);
     // The buffer is free: the dS of the tile before, which this warpgroup has used, was made of what it held.
 #pragma unroll
     for (int step = 0; step < Block::kTileM / 16; ++step) {
-      store_shared(weights(step), uint4{operand[step][0], operand[step][1], operand[step][2], operand[step][3]});
+      store_shared(weights(step, thread),
+                   uint4{operand[step][0], operand[step][1], operand[step][2], operand[step][3]});
     }
     ptx::named_barrier_arrive(kWeightsBarrier, Block::kConsumerThreads);
   }
 
-  // dP^T becomes dS^T, which is stored.
-  __device__ __forceinline__ void make_differences(Operand& operand, Logits& logits,
-                                                   const typename Block::Statistics& statistics) const {
-    typename Block::PerQuery delta;
-    Block::load_per_query(delta, statistics.delta);
+  // dP^T less delta becomes dS^T, which is stored.
+  __device__ __forceinline__ void make_differences(Operand& operand, Logits& logits, int thread) const {
     ptx::named_barrier_sync(kWeightsBarrier, Block::kConsumerThreads);
     Logits p;
 #pragma unroll
     for (int step = 0; step < Block::kTileM / 16; ++step) {
-      const uint4 pairs = load_shared(weights(step));
+      const uint4 pairs = load_shared(weights(step, thread));
       Block::unround(p, {pairs.x, pairs.y, pairs.z, pairs.w}, step);
     }
-    Block::differentiate(operand, p, logits, delta);
-    // The buffer is free: both warpgroups have finished with the dS of the tile before, this one itself and the other
-    // before it handed P on.
-    Block::store_ds(ds_tile(), operand, threadIdx.x / 32 % 4 * 16);
-    ptx::fence_async_proxy();
+    Block::differentiate(operand, p, logits);
   }
 
   // Adds to dV or dK whatever the tile's queries contribute.
   template <int kGradient>
   __device__ __forceinline__ void accumulate(KeyGradients& gradients) const {
     auto& control = block.control;
-    const float scale_log2 = logit_scale(block.params.forward, block.batch) * kLog2E;
+    const float scale_log2 = logit_scale(block.params.forward, block.own.batch) * kLog2E;
+    const int thread = Block::warpgroup_thread();
     Stages ring;
     ring.wait_full(control.query_full);
     if constexpr (kGradient == kKeys) ring.wait_full(control.dout_full);
     Logits logits;
-    start_logits<kGradient>(logits, ring.index);
+    start_logits<kGradient>(logits, ring.index, thread);
     ptx::wgmma_wait<0>();
     ptx::pin(logits);
 #pragma unroll 1
@@ -117,15 +114,19 @@ struct BackwardSm90Wide {
       const typename Block::Statistics& statistics = control.statistics[ring.index];
       Operand operand;
       if constexpr (kGradient == kValues) {
-        make_weights(operand, logits, statistics, scale_log2);
+        make_weights(operand, logits, statistics, scale_log2, thread);
         ring.wait_full(control.dout_full);
       } else {
-        make_differences(operand, logits, statistics);
+        make_differences(operand, logits, thread);
       }
       start_operand_by_rows<T>(gradients[0], operand, rows<kGradient>(ring.index));
       if constexpr (kGradient == kValues) {
         ptx::named_barrier_sync(kDifferencesBarrier, Block::kConsumerThreads);
       } else {
+        // The buffer is free: both warpgroups have finished with the dS of the tile before, this one itself and the
+        // other before it handed P on.
+        Block::store_ds(Block::ds_row(ds_tile(), thread / 32 * 16, thread), operand);
+        ptx::fence_async_proxy();
         ptx::named_barrier_arrive(kDifferencesBarrier, Block::kConsumerThreads);
         ptx::named_barrier_sync(kStoredBarrier, 128);
       }
@@ -144,10 +145,10 @@ struct BackwardSm90Wide {
       ptx::pin(dq[0]);
       const uint32_t part = rows<kGradient>(ring.index).base;
       Block::wait_part_free(kGradient);
-      Block::store_part(dq, part);
+      Block::store_part(dq, part, thread);
       Block::pass_part_on(kGradient);
       // There is no room for dQ beside the next logits. Behind the last tile these are of no use and do no harm.
-      start_logits<kGradient>(logits, next.index);
+      start_logits<kGradient>(logits, next.index, thread);
       ptx::wgmma_wait<0>();
       ptx::pin(logits);
       ring = next;
@@ -171,13 +172,11 @@ struct BackwardSm90Wide {
     }
     Block::sync_consumers();  // everybody has finished with the tiles
     if (warpgroup == kValues) {
-      staged.collect(gradients, key_row, 0, 1.f);
-      ptx::named_barrier_sync(kStagedBarrier + kValues, kWarpgroupThreads);
-      block.template store_values<kWarpgroupThreads>(staged, vectorized.dv, thread);
+      const auto sync = [] { ptx::named_barrier_sync(kStagedBarrier + kValues, kWarpgroupThreads); };
+      block.template store_values<kWarpgroupThreads>(gradients, key_row, staged, vectorized, thread, sync);
     } else {
-      staged.collect(gradients, key_row, 0, logit_scale(block.params.forward, block.batch));
-      ptx::named_barrier_sync(kStagedBarrier + kKeys, kWarpgroupThreads);
-      block.template store_keys<kWarpgroupThreads>(staged, vectorized.dk, thread);
+      const auto sync = [] { ptx::named_barrier_sync(kStagedBarrier + kKeys, kWarpgroupThreads); };
+      block.template store_keys<kWarpgroupThreads>(gradients, key_row, staged, vectorized, thread, sync);
     }
   }
 };

@@ -1,51 +1,98 @@
-// Runs the steps of the backward: rotated keys and queries, the main loop's kernel and instantiation, dQ.
+// Runs the steps of the backward: rotated keys and queries, the main loop's kernel and instantiation, dQ; of
+// select-and-merge attention also its lists, and dK and dV.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "cuda/backward/launchers.h"
 #include "cuda/common/device.h"
+#include "cuda/common/packed_sequences.h"
+#include "group_attention.h"
 #include "kernels.h"
 
 namespace chunkattn::cuda {
 
 namespace {
 
-template <typename T, int kHeadDim>
-const char* launch_main_loop(const BackwardParams& params, const BackwardWorkspace& workspace,
-                             const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
-  if (plan.kind == KernelChoice::kHopper) {
-    return launch_backward_sm90<T, kHeadDim>(params, workspace, vectorized, plan, stream);
+struct DcaLauncher {
+  template <typename T, int kHeadDim>
+  const char* launch(const BackwardParams& params, const BackwardWorkspace& workspace,
+                     const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) const {
+    return plan.kind == KernelChoice::kHopper
+               ? launch_backward_sm90<T, kHeadDim>(params, workspace, vectorized, plan, stream)
+               : launch_backward_sm80<T, kHeadDim>(params, workspace, vectorized, plan, stream);
   }
-  return launch_backward_sm80<T, kHeadDim>(params, workspace, vectorized, plan, stream);
-}
+};
 
-template <typename T>
-const char* launch_main_loop(const BackwardParams& params, const BackwardWorkspace& workspace,
+struct RegionLauncher {
+  AttendedRegions regions;
+  KeyGradientSums sums;
+
+  template <typename T, int kHeadDim>
+  const char* launch(const BackwardParams& params, const BackwardWorkspace& workspace,
+                     const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) const {
+    return plan.kind == KernelChoice::kHopper
+               ? launch_region_backward_sm90<T, kHeadDim>(params, workspace, regions, sums, vectorized, plan, stream)
+               : launch_region_backward_sm80<T, kHeadDim>(params, workspace, regions, sums, vectorized, plan, stream);
+  }
+};
+
+template <typename T, typename Launcher>
+const char* launch_main_loop(const Launcher& launcher, const BackwardParams& params, const BackwardWorkspace& workspace,
                              const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
   switch (plan.head_dim_padded) {
     case 64:
-      return launch_main_loop<T, 64>(params, workspace, vectorized, plan, stream);
+      return launcher.template launch<T, 64>(params, workspace, vectorized, plan, stream);
     case 128:
-      return launch_main_loop<T, 128>(params, workspace, vectorized, plan, stream);
+      return launcher.template launch<T, 128>(params, workspace, vectorized, plan, stream);
     case 256:
-      return launch_main_loop<T, 256>(params, workspace, vectorized, plan, stream);
+      return launcher.template launch<T, 256>(params, workspace, vectorized, plan, stream);
     default:
       return "no backward kernel is compiled for this head_dim";
   }
 }
 
-}  // namespace
-
-const char* dca_backward(const BackwardParams& call, const BackwardWorkspace& memory, void* stream) {
-  BackwardParams params = call;
-  BackwardWorkspace workspace = memory;
-  ForwardParams& forward = params.forward;
+// What is asked of a call before anything is launched.
+const char* check_call(const ForwardParams& forward, int* capability) {
   if (forward.dtype != DataType::kBFloat16 && forward.dtype != DataType::kFloat16) {
     return "chunkattn's CUDA kernels take bfloat16 and float16";
   }
+  return compute_capability(capability);
+}
+
+// All but keys: what is zero at first, what the main loop reads, the main loop, dQ. `aligned`: where the keys lie
+// allows the Hopper kernel.
+template <typename Launcher>
+const char* run_steps(const Launcher& launcher, const BackwardParams& params, BackwardWorkspace workspace,
+                      int capability, bool aligned, cudaStream_t stream) {
+  const ForwardParams& forward = params.forward;
+  const BackwardVectorPaths vectorized = vector_paths(params, workspace);
+  // The Hopper kernel's copies would bring, and add to, rows of the next packed sequence.
+  const bool takes_hopper = aligned && vectorized.main_loop() && !forward.packed();
+  const KernelPlan plan = plan_backward(forward.shape, capability, takes_hopper, forced_kernel());
+  if (workspace.zeroed_bytes > 0) {
+    const cudaError_t status = cudaMemsetAsync(workspace.zeroed, 0, workspace.zeroed_bytes, stream);
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+  }
+  workspace.dq_in_pieces = plan.kind == KernelChoice::kPortable;
+  const char* failure = launch_prepare(params, workspace, vectorized, stream);
+  if (failure == nullptr && forward.packed()) {
+    failure = launch_packed_keys(params, workspace, plan.tile_n, stream);
+  }
+  if (failure == nullptr && forward.rows_k() > 0) {
+    failure = forward.dtype == DataType::kBFloat16
+                  ? launch_main_loop<__nv_bfloat16>(launcher, params, workspace, vectorized, plan, stream)
+                  : launch_main_loop<__half>(launcher, params, workspace, vectorized, plan, stream);
+  }
+  return failure == nullptr ? launch_finish(params, workspace, vectorized, stream) : failure;
+}
+
+}  // namespace
+
+const char* dca_backward(const BackwardParams& call, const BackwardWorkspace& workspace, void* stream) {
+  BackwardParams params = call;
+  ForwardParams& forward = params.forward;
   int capability = 0;
-  if (const char* failure = compute_capability(&capability)) return failure;
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (const char* failure = check_call(forward, &capability)) return failure;
   if (!forward.k_rotated) {
     // A block has read its keys when it writes their gradients, and nobody else reads them: dk has room until then.
     if (const char* failure = rotate_keys(forward, params.dk, params.dk_strides, stream)) return failure;
@@ -53,18 +100,20 @@ const char* dca_backward(const BackwardParams& call, const BackwardWorkspace& me
     forward.k_strides = params.dk_strides;
     forward.k_rotated = true;
   }
-  const cudaError_t status = cudaMemsetAsync(workspace.regimes[0].dq, 0, workspace.zeroed_bytes, cuda_stream);
-  if (status != cudaSuccess) return cudaGetErrorString(status);
-  const BackwardVectorPaths vectorized = vector_paths(params, workspace);
-  const KernelPlan plan = plan_backward(forward.shape, capability, vectorized.main_loop(), forced_kernel());
-  workspace.dq_in_pieces = plan.kind == KernelChoice::kPortable;
-  const char* failure = launch_prepare(params, workspace, vectorized, cuda_stream);
-  if (failure == nullptr) {
-    failure = forward.dtype == DataType::kBFloat16
-                  ? launch_main_loop<__nv_bfloat16>(params, workspace, vectorized, plan, cuda_stream)
-                  : launch_main_loop<__half>(params, workspace, vectorized, plan, cuda_stream);
-  }
-  return failure == nullptr ? launch_finish(params, workspace, vectorized, cuda_stream) : failure;
+  return run_steps(DcaLauncher{}, params, workspace, capability, true, static_cast<cudaStream_t>(stream));
+}
+
+const char* select_merge_backward(const SelectMergeBackwardParams& params,
+                                  const SelectMergeBackwardWorkspace& workspace, void* stream) {
+  const BackwardParams backward = group_attention(params);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  int capability = 0;
+  if (const char* failure = check_call(backward.forward, &capability)) return failure;
+  if (const char* failure = launch_attended_regions(params.forward, workspace.lists, cuda_stream)) return failure;
+  const RegionLauncher launcher{attended_regions(params.forward, workspace.lists), workspace.keys};
+  const bool whole_boxes = params.forward.regions.geometry.region_size % 8 == 0;
+  const char* failure = run_steps(launcher, backward, workspace.queries, capability, whole_boxes, cuda_stream);
+  return failure == nullptr ? launch_round_key_gradients(backward, workspace.keys, cuda_stream) : failure;
 }
 
 }  // namespace chunkattn::cuda

@@ -7,28 +7,44 @@
 
 #include "cuda/backward/backward_sm90.cuh"
 #include "cuda/backward/backward_sm90_wide.cuh"
+#include "cuda/backward/launch_key_tiles.cuh"
 #include "cuda/backward/launchers.h"
 #include "cuda/common/tensor_map.h"
 
 namespace chunkattn::cuda {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Keys>
 using BackwardSm90Kernel =
-    std::conditional_t<kHeadDim <= 128, BackwardSm90<T, kHeadDim>, BackwardSm90Wide<T, kHeadDim>>;
+    std::conditional_t<kHeadDim <= 128, BackwardSm90<T, kHeadDim, Keys>, BackwardSm90Wide<T, kHeadDim, Keys>>;
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(BackwardSm90Block<T, kHeadDim>::kThreads, 1)
+__global__ void __launch_bounds__(BackwardSm90Block<T, kHeadDim, ChunkKeyTiles>::kThreads, 1)
     dca_backward_sm90(const __grid_constant__ BackwardParams params,
                       const __grid_constant__ BackwardWorkspace workspace,
                       const __grid_constant__ BackwardVectorPaths vectorized,
                       const __grid_constant__ TileSchedule schedule, const __grid_constant__ BackwardMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  run_backward_sm90<BackwardSm90Kernel<T, kHeadDim>>(params, workspace, vectorized, schedule, maps);
+  run_backward_sm90<BackwardSm90Kernel<T, kHeadDim, ChunkKeyTiles>>(params, workspace, vectorized, schedule,
+                                                                    ChunkKeyTiles{}, maps);
 #endif
 }
 
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(BackwardSm90Block<T, kHeadDim, RegionKeyTiles>::kThreads, 1)
+    select_merge_backward_sm90(const __grid_constant__ BackwardParams params,
+                               const __grid_constant__ BackwardWorkspace workspace,
+                               const __grid_constant__ BackwardVectorPaths vectorized,
+                               const __grid_constant__ TileSchedule schedule,
+                               const __grid_constant__ RegionKeyTiles keys, const __grid_constant__ BackwardMaps maps) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  run_backward_sm90<BackwardSm90Kernel<T, kHeadDim, RegionKeyTiles>>(params, workspace, vectorized, schedule, keys,
+                                                                     maps);
+#endif
+}
+
+// K and V come in boxes of `key_rows` rows.
 inline const char* encode_maps(BackwardMaps* maps, const BackwardParams& params, const BackwardWorkspace& workspace,
-                               const KernelPlan& plan) {
+                               const KernelPlan& plan, int key_rows) {
   const ForwardParams& forward = params.forward;
   const AttentionShape& shape = forward.shape;
   const char* failure = nullptr;
@@ -48,28 +64,37 @@ inline const char* encode_maps(BackwardMaps* maps, const BackwardParams& params,
     }
   }
   encode(&maps->dout, params.dout, params.dout_strides, shape.seqlen_q, shape.heads, plan.tile_m);
-  encode(&maps->k, forward.k, forward.k_strides, shape.seqlen_k, shape.kv_heads, plan.tile_n);
-  encode(&maps->v, forward.v, forward.v_strides, shape.seqlen_k, shape.kv_heads, plan.tile_n);
+  encode(&maps->k, forward.k, forward.k_strides, shape.seqlen_k, shape.kv_heads, key_rows);
+  encode(&maps->v, forward.v, forward.v_strides, shape.seqlen_k, shape.kv_heads, key_rows);
   return failure;
 }
 
 template <typename T, int kHeadDim>
 const char* launch_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
-  using Block = BackwardSm90Block<T, kHeadDim>;
+  const TileSchedule schedule = make_key_tile_schedule(params, workspace, plan.tile_n);
   BackwardMaps maps;
-  const char* failure = encode_maps(&maps, params, workspace, plan);
+  const char* failure = encode_maps(&maps, params, workspace, plan, plan.tile_n);
   if (failure != nullptr) return failure;
-  const auto kernel = &dca_backward_sm90<T, kHeadDim>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(Block::kSharedBytes));
-  if (status != cudaSuccess) return cudaGetErrorString(status);
-  const TileSchedule schedule = make_key_tile_schedule(params, plan.tile_n, workspace.turns != nullptr);
-  if (schedule.count() > INT32_MAX) return "k has too many key tiles for one launch";
-  kernel<<<static_cast<unsigned>(schedule.count()), Block::kThreads, Block::kSharedBytes, stream>>>(
-      params, workspace, vectorized, schedule, maps);
-  const cudaError_t launched = cudaGetLastError();
-  return launched == cudaSuccess ? nullptr : cudaGetErrorString(launched);
+  using Block = BackwardSm90Block<T, kHeadDim, ChunkKeyTiles>;
+  return launch_key_tiles(&dca_backward_sm90<T, kHeadDim>, schedule, Block::kThreads, Block::kSharedBytes, stream,
+                          params, workspace, vectorized, schedule, maps);
+}
+
+template <typename T, int kHeadDim>
+const char* launch_region_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                        const AttendedRegions& regions, const KeyGradientSums& sums,
+                                        const BackwardVectorPaths& vectorized, const KernelPlan& plan,
+                                        cudaStream_t stream) {
+  const RegionKeyTiles keys = region_key_tiles(params, regions, sums, plan.tile_n);
+  TileSchedule schedule;
+  BackwardMaps maps;
+  const char* failure = schedule_region_key_tiles(params, keys, &schedule);
+  if (failure == nullptr) failure = encode_maps(&maps, params, workspace, plan, keys.box_rows);
+  if (failure != nullptr) return failure;
+  using Block = BackwardSm90Block<T, kHeadDim, RegionKeyTiles>;
+  return launch_key_tiles(&select_merge_backward_sm90<T, kHeadDim>, schedule, Block::kThreads, Block::kSharedBytes,
+                          stream, params, workspace, vectorized, schedule, keys, maps);
 }
 
 }  // namespace chunkattn::cuda

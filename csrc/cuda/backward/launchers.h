@@ -6,6 +6,7 @@
 
 #include "cuda/backward/plan.h"
 #include "cuda/common/vector_paths.h"
+#include "cuda/select_merge/attended_regions.h"
 #include "params.h"
 
 namespace chunkattn::cuda {
@@ -21,13 +22,30 @@ template <typename T, int kHeadDim>
 const char* launch_backward_sm80(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream);
 
-// The same; needs vectorized.main_loop().
+// The same of a plain batch; needs vectorized.main_loop().
 template <typename T, int kHeadDim>
 const char* launch_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream);
 
+// The same of select-and-merge attention, its params made by group_attention(): adds to the sums instead of writing dk
+// and dv, and to dq of regime intra, which all regimes are. The Hopper kernel needs regions of a multiple of 8 tokens,
+// too.
+template <typename T, int kHeadDim>
+const char* launch_region_backward_sm80(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                        const AttendedRegions& regions, const KeyGradientSums& sums,
+                                        const BackwardVectorPaths& vectorized, const KernelPlan& plan,
+                                        cudaStream_t stream);
+template <typename T, int kHeadDim>
+const char* launch_region_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                        const AttendedRegions& regions, const KeyGradientSums& sums,
+                                        const BackwardVectorPaths& vectorized, const KernelPlan& plan,
+                                        cudaStream_t stream);
+
 // Writes dq, the sum of the regimes' rotated back. workspace.dq_in_pieces is true behind launch_backward_sm80.
 const char* launch_finish(const BackwardParams& params, const BackwardWorkspace& workspace,
                           const BackwardVectorPaths& vectorized, cudaStream_t stream);
+
+// Writes dk and dv, the sums rounded.
+const char* launch_round_key_gradients(const BackwardParams& params, const KeyGradientSums& sums, cudaStream_t stream);
 
 }  // namespace chunkattn::cuda

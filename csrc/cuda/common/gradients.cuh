@@ -36,6 +36,36 @@ __device__ __forceinline__ void add_pieces(float* target, int pitch, const float
   }
 }
 
+// Adds a warp's accumulators, times a factor, to GradientPieces of a plane whose rows do not follow one another: row n
+// to row row_of(n). This thread's rows and columns of the tile begin at `row` and `column`; those from `rows` and
+// `columns` on are not there. row_by_row: rows whose places among eight differ are added one after the other.
+template <typename Pieces, int kSlabs, int kBlocks, typename RowOf>
+__device__ __forceinline__ void add_rows(float* tensor, const Pieces& pieces, int64_t plane,
+                                         const float (&gradients)[kSlabs][kBlocks][4], float factor, int row,
+                                         int column, int rows, int columns, bool row_by_row, RowOf&& row_of) {
+  const int place = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int n = row + slab * 16 + half * 8 + place;
+#pragma unroll 1
+      for (int turn = 0; turn < (row_by_row ? 8 : 1); ++turn) {
+        if (row_by_row) __syncwarp();
+        if (n >= rows || (row_by_row && place != turn)) continue;
+        float* target = tensor + pieces.offset(plane, row_of(n)) + column / Pieces::kColumns * Pieces::kElements +
+                        threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          if (column + block * 8 >= columns) continue;
+          add_pair(target + block * Pieces::kElements, gradients[slab][block][2 * half] * factor,
+                   gradients[slab][block][2 * half + 1] * factor);
+        }
+      }
+    }
+  }
+}
+
 // Who adds to the same elements in a fixed order takes turns: one thread waits until as many turns as stand before its
 // own were passed on. Between that and the adds of other threads stand barriers, and __threadfence() behind the adds.
 __device__ __forceinline__ void wait_for_turn(const int* turn, int mine) {
@@ -47,6 +77,10 @@ __device__ __forceinline__ void wait_for_turn(const int* turn, int mine) {
 
 __device__ __forceinline__ void pass_turn_on(int* turn) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(turn) : "memory");
+}
+
+__device__ __forceinline__ void pass_turns_on(int* turn, int turns) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(turn), "r"(turns) : "memory");
 }
 
 // Where a block collects float32 rows, so that whoever stores them can see whole rotary pairs. The padding spreads the

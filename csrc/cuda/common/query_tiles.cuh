@@ -1,4 +1,4 @@
-// Walks the query tiles that attend a tile of keys, from the one that holds its first key to the last.
+// Walks the query tiles that attend a tile of keys.
 #pragma once
 
 #include "geometry.h"
@@ -10,10 +10,12 @@ struct AttendingTile {
   int begin;  // first query's position
   int count;  // queries
   Regime regime;
-  int row;  // of the first query in the tensors of its regime (BackwardWorkspace)
+  int row;    // of the first query in the tensors of its regime (BackwardWorkspace)
+  int query;  // the same in q, dout and softmax_lse
 };
 
-// QueryTiling and ChunkGeometry::tile_regime tile by tile, without their divisions.
+// From the tile that holds the first key to the last: QueryTiling and ChunkGeometry::tile_regime tile by tile, without
+// their divisions.
 class QueryTileWalk {
  public:
   CHUNKATTN_HOST_DEVICE QueryTileWalk(const QueryTiling& tiling, const RegimeRows& rows, int key_position)
@@ -27,10 +29,11 @@ class QueryTileWalk {
 
   CHUNKATTN_HOST_DEVICE bool done(const QueryTiling& tiling) const { return begin_ >= tiling.end; }
 
-  CHUNKATTN_HOST_DEVICE AttendingTile tile(const QueryTiling& tiling) const {
+  CHUNKATTN_HOST_DEVICE AttendingTile tile(const QueryTiling& tiling, const RegimeRows& rows) const {
     const Regime regime = tiling.geometry.tile_regime_in_chunk(chunks_apart_, index_);
-    const int row = regime == Regime::kSucc ? near_row_ : regime == Regime::kInter ? far_row_ : begin_ - tiling.begin;
-    return {tile_index_, begin_, count(tiling), regime, row};
+    const int query = rows.row(Regime::kIntra, begin_);
+    const int row = regime == Regime::kSucc ? near_row_ : regime == Regime::kInter ? far_row_ : query;
+    return {tile_index_, begin_, count(tiling), regime, row, query};
   }
 
   CHUNKATTN_HOST_DEVICE void advance(const QueryTiling& tiling, const RegimeRows& rows) {
@@ -41,7 +44,7 @@ class QueryTileWalk {
     near_row_ += step;
     far_row_ += step;
     if (index_ < tiling.geometry.stride()) return;
-    near_row_ += rows.near_per_chunk - index_;
+    near_row_ += rows.near_pitch - index_;
     index_ = 0;
     ++chunks_apart_;
   }
@@ -60,6 +63,34 @@ class QueryTileWalk {
   int chunks_apart_;  // of the queries and the keys
   int near_row_;      // by RegimeRows, of begin_ in succ
   int far_row_;       // and in inter
+};
+
+// The query tiles of a group from some position on, in the terms of QueryTileWalk: all of them attend alike.
+class GroupTileWalk {
+ public:
+  CHUNKATTN_HOST_DEVICE GroupTileWalk(const QueryTiling& tiling, const QueryTile& group, int position, Regime regime)
+      : begin_(group.begin + (position - group.begin) / tiling.size * tiling.size),
+        end_(group.end),
+        tile_index_(tiling.index_of(begin_)),
+        regime_(regime) {}
+
+  CHUNKATTN_HOST_DEVICE bool done(const QueryTiling& /*tiling*/) const { return begin_ >= end_; }
+
+  CHUNKATTN_HOST_DEVICE AttendingTile tile(const QueryTiling& tiling, const RegimeRows& /*rows*/) const {
+    const int left = end_ - begin_;
+    return {tile_index_, begin_, left < tiling.size ? left : tiling.size, regime_, begin_, begin_};
+  }
+
+  CHUNKATTN_HOST_DEVICE void advance(const QueryTiling& tiling, const RegimeRows& /*rows*/) {
+    ++tile_index_;
+    begin_ += tiling.size;
+  }
+
+ private:
+  int begin_;
+  int end_;
+  int tile_index_;
+  Regime regime_;
 };
 
 }  // namespace chunkattn::cuda

@@ -36,7 +36,8 @@ __device__ __forceinline__ RotaryPair rotary_pair(const RotaryTable& table, int 
   const int half = table.rotary_dim / 2;
   const bool second = table.interleaved ? d % 2 == 1 : d >= half;
   const int step = table.interleaved ? 1 : half;
-  return {table.interleaved ? d / 2 : d % half, second ? d - step : d + step, second};
+  const int partner = second ? d - step : d + step;
+  return {table.interleaved ? d / 2 : second ? partner : d, partner, second};
 }
 
 // Element d of a row, rotated by row `table_row` of the table. For any alignment.

@@ -7,8 +7,8 @@
 
 namespace chunkattn::cuda {
 
-// Starts d = a b^T: 64 rows of a, from `first_row` on, by all rows of b, along the rows of both.
-template <typename T, int kBlocks, typename TileA, typename TileB>
+// Starts d = a b^T, or d += a b^T: 64 rows of a, from `first_row` on, by all rows of b, along the rows of both.
+template <typename T, bool kAdd = false, int kBlocks, typename TileA, typename TileB>
 __device__ __forceinline__ void start_rows_by_rows(float (&d)[kBlocks][4], const TileA& a, int first_row,
                                                    const TileB& b) {
   static_assert(TileA::kChunksPerRow == TileB::kChunksPerRow && TileB::kPanelBytes == kBlocks * 8 * 128);
@@ -19,7 +19,7 @@ __device__ __forceinline__ void start_rows_by_rows(float (&d)[kBlocks][4], const
   for (int step = 0; step < TileA::kChunksPerRow / 2; ++step) {
     const int panel = step / 4, inside = step % 4 * 32;
     ptx::Wgmma<T, kBlocks * 8>::ss(d, from_a + (panel * TileA::kPanelBytes + inside) / 16,
-                                   from_b + (panel * TileB::kPanelBytes + inside) / 16, step > 0);
+                                   from_b + (panel * TileB::kPanelBytes + inside) / 16, kAdd || step > 0);
   }
   ptx::wgmma_commit();
 }

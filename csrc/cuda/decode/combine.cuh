@@ -18,13 +18,13 @@ struct DecodeCombine {
   static constexpr int kAtOnce = 8;  // groups of which a warp has the sums under way
 
   static __device__ __forceinline__ void run(const DecodeParams& params, const DecodePlan& plan,
-                                             const DecodeWorkspace& workspace, int64_t index) {
+                                             const DecodeWorkspace& workspace, int index) {
     __shared__ float sums[kCombineWarps][kHeadDim];
     __shared__ SoftmaxState states[kMaxDecodeGroups];
     const int heads_per_kv = params.heads / params.kv_heads;
-    const int head = static_cast<int>(index % params.heads);
-    const int query = static_cast<int>(index / params.heads % params.seqlen_q);
-    const int batch = static_cast<int>(index / params.heads / params.seqlen_q);
+    const int head = index % params.heads;
+    const int query = index / params.heads % params.seqlen_q;
+    const int batch = index / params.heads / params.seqlen_q;
     const int kv_head = head / heads_per_kv;
     const int row = query * heads_per_kv + head % heads_per_kv;
     const int row_tile = row / plan.tile_rows;
@@ -33,11 +33,9 @@ struct DecodeCombine {
     const int* groups = workspace.groups + 2 * (static_cast<int64_t>(row_tile) * params.batch + batch);
     const int first = groups[0], count = groups[1] - first + 1;
     if (count == 1) return;
-    const auto row_of_group = [&](int i) {
-      const int64_t plane =
-          static_cast<int64_t>(partial_slot(first + i, i == 0)) * plan.planes + row_tile * params.kv_heads + kv_head;
-      return plane * plan.tile_rows + row % plan.tile_rows;
-    };
+    const int64_t slot_rows = int64_t{plan.planes} * plan.tile_rows;
+    const int64_t row_of_slot = (int64_t{row_tile} * params.kv_heads + kv_head) * plan.tile_rows + row % plan.tile_rows;
+    const auto row_of_group = [&](int i) { return partial_slot(first + i, i == 0) * slot_rows + row_of_slot; };
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float next[kAtOnce][kPerLane];
     const auto load_sums = [&](int begin) {

@@ -154,14 +154,9 @@ struct DecodeSm80 {
       return;
     }
 #pragma unroll 1
-    for (int chunk = 2 * unit_index; chunk < 2 * unit_index + 2; ++chunk) {
-      float x[kChunk];
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        const int d = chunk * kChunk + i;
-        x[i] = exists && d < head_dim ? rotated_element(source, d, params.rotary, table_row) : 0.f;
-      }
-      Products::store_query_chunk(tile, row, chunk, pack8<T>(x));
+    for (int d = 2 * unit_index * kChunk; d < 2 * (unit_index + 1) * kChunk; ++d) {
+      const float x = exists && d < head_dim ? rotated_element(source, d, params.rotary, table_row) : 0.f;
+      Products::store_query_element(tile, row, d, from_float<T>(x));
     }
   }
 
@@ -330,22 +325,18 @@ struct DecodeSm80 {
     int buffer = 0, free_buffer = kBuffers - 1;
     const auto next_of = [](int index) { return index + 1 == kBuffers ? 0 : index + 1; };
     const auto tile_at = [&](int index) { return KeyTile{buffers + index * KeyTile::kBytes}; };
-    const auto load_item = [&](auto is_keys, int index) {
-      stream.template load<decltype(is_keys)::value>(tile_at(index));
+    const auto load_item = [&](bool keys, int index) {
+      stream.load(keys, tile_at(index));
       ptx::cp_async_commit();
     };
 #pragma unroll 1
-    for (int n = 0; n + 2 < kBuffers; n += 2) {
-      load_item(std::true_type{}, n);
-      load_item(std::false_type{}, n + 1);
-    }
-    if constexpr (kBuffers % 2 == 0) load_item(std::true_type{}, kBuffers - 2);
+    for (int n = 0; n < kBuffers - 1; ++n) load_item(n % 2 == 0, n);
     // What is loaded is kBuffers - 1 items behind what is about to be read.
     constexpr bool kSameKind = kBuffers % 2 == 1;
-    const auto next_item = [&](auto reads_keys) {
+    const auto next_item = [&](bool keys) {
       ptx::cp_async_wait<kBuffers - 2>();
       sync_team();  // the item is there, and all have read the one before
-      load_item(std::bool_constant<decltype(reads_keys)::value == kSameKind>{}, free_buffer);
+      load_item(keys == kSameKind, free_buffer);
       free_buffer = buffer;
       buffer = next_of(buffer);
       return tile_at(free_buffer);
@@ -367,13 +358,13 @@ struct DecodeSm80 {
         // Both items are under way at least, so nobody reads their buffers any more.
         if (plan.fused_append) append(rows, piece.batch, tile * kTileN, tile_at(buffer), tile_at(next_of(buffer)));
         Logits logits;
-        const KeyTile k = next_item(std::true_type{});
+        const KeyTile k = next_item(true);
         if (has_rows) {
           compute_logits(logits, q_tiles, k, rows, tile * kTileN);
           float shrink[1][2];
           if (softmax.update(logits, scale_log2, shrink)) scale_rows(output, shrink);
         }
-        const KeyTile v = next_item(std::false_type{});
+        const KeyTile v = next_item(false);
         if (has_rows) Products::multiply_values(output, logits, v);
       }
       add_teams(sums, states, output, softmax, scale_log2);

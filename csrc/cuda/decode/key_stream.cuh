@@ -9,9 +9,9 @@
 
 namespace chunkattn::cuda {
 
-// Walks the tiles of a team through all pieces of the thread block's share: load_keys, load_values, load_keys, ... Each
-// warp of the team copies kWarpKeys rows of a tile. Rows behind the sequence are zeros and nothing of them is read. New
-// rows that this kernel appends are left alone: see NewRows.
+// Walks the tiles of a team through all pieces of the thread block's share: keys, values, keys, ... Each warp of the
+// team copies kWarpKeys rows of a tile. Rows behind the sequence are zeros and nothing of them is read. New rows that
+// this kernel appends are left alone: see NewRows.
 template <typename T, int kHeadDim, bool kFloat8, bool kManyRows>
 class KeyStream {
   using Sizes = DecodeSizes<kHeadDim, kFloat8, kManyRows>;
@@ -31,20 +31,15 @@ class KeyStream {
         vectorized_(vectorized),
         whole_spans_(params.cache.block_table == nullptr || params.cache.page_size % kSpan == 0),
         piece_(schedule.first()) {
-    tile_ = piece_.begin + threadIdx.x / 32 / Sizes::kTeamWarps;
-    open_piece();
-    current_ = rows_of_tile();
-    advance_tile();
-    ahead_ = rows_of_tile();
+    tile_ = piece_.begin + team() - Sizes::kTeams;
+    lengths_ = piece_lengths();
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) advance();
   }
 
-  template <bool kKeys>
-  __device__ __forceinline__ void load(const Tile& tile) {
-    if (current_.count > 0) load_rows<kKeys>(tile);
-    if (kKeys) return;
-    current_ = ahead_;
-    advance_tile();
-    ahead_ = rows_of_tile();
+  __device__ __forceinline__ void load(bool keys, const Tile& tile) {
+    if (current_.count > 0) load_rows(keys, tile);
+    if (!keys) advance();
   }
 
  private:
@@ -67,18 +62,25 @@ class KeyStream {
                               // lane % kWarpKeys
   };
 
-  __device__ __forceinline__ void open_piece() {
-    while (tile_ >= piece_.end && piece_.left > 0) {
-      piece_ = schedule_.next(piece_);
-      tile_ = threadIdx.x / 32 / Sizes::kTeamWarps;
-    }
-    lengths_ = schedule_.lengths(piece_.batch);
-    if (!fused_append_) lengths_.stored = lengths_.total;
+  static __device__ __forceinline__ int team() { return threadIdx.x / 32 / Sizes::kTeamWarps; }
+
+  __device__ __forceinline__ SequenceLengths piece_lengths() const {
+    SequenceLengths lengths = schedule_.lengths(piece_.batch);
+    if (!fused_append_) lengths.stored = lengths.total;
+    return lengths;
   }
 
-  __device__ __forceinline__ void advance_tile() {
+  __device__ __forceinline__ void advance() {
+    current_ = ahead_;
     tile_ += Sizes::kTeams;
-    if (tile_ >= piece_.end && piece_.left > 0) open_piece();
+    if (tile_ >= piece_.end && piece_.left > 0) {
+      do {
+        piece_ = schedule_.next(piece_);
+        tile_ = team();
+      } while (tile_ >= piece_.end && piece_.left > 0);
+      lengths_ = piece_lengths();
+    }
+    ahead_ = rows_of_tile();
   }
 
   // Loads from the block table what the copies will need one tile later.
@@ -98,78 +100,70 @@ class KeyStream {
 
   static __device__ __forceinline__ int team_row() { return threadIdx.x / 32 % Sizes::kTeamWarps * Sizes::kWarpKeys; }
 
-  template <bool kKeys>
-  __device__ __forceinline__ void load_rows(const Tile& tile) const {
-    const Strides& strides = kKeys ? params_.cache.k_strides : params_.cache.v_strides;
-    const Bits* cache = static_cast<const Bits*>(kKeys ? params_.cache.k : params_.cache.v);
+  __device__ __forceinline__ void load_rows(bool keys, const Tile& tile) const {
     const int lane = threadIdx.x % 32;
     const int row = lane / kChunksPerRow, chunk = lane % kChunksPerRow;
     const int element = chunk * kElementsPerChunk;
-    const bool inside = element < params_.head_dim;
     bool all_there = vectorized_ && whole_spans_ && current_.begin + Sizes::kWarpKeys <= current_.lengths.stored;
 #pragma unroll
     for (int span = 0; span < kSpans; ++span) all_there = all_there && current_.places[span].page >= 0;
-    if (all_there) {
-#pragma unroll
-      for (int span = 0; span < kSpans; ++span) {
-        const Bits* source =
-            cache + cache_offset(strides, current_.places[span], kv_head_) + row * strides.seq + element;
-#pragma unroll
-        for (int i = 0; i < kStepsPerSpan; ++i) {
-          ptx::cp_async_16(tile.address(team_row() + span * kSpan + i * kRowsAtOnce + row, chunk),
-                           source + i * kRowsAtOnce * strides.seq, inside);
-        }
-      }
+    if (!all_there) {
+      load_some_rows(params_, current_, kv_head_, keys, vectorized_, whole_spans_, tile);
       return;
     }
-    if (vectorized_) {
-#pragma unroll 1
-      for (int i = 0; i < kSteps; ++i) {
-        const int n = i * kRowsAtOnce + row;
-        const int position = current_.begin + n;
-        const CacheRow place = place_of(n);
-        if (position >= current_.lengths.stored && position < current_.lengths.total) continue;
-        const bool valid = inside && position < current_.lengths.stored && place.page >= 0;
-        const Bits* source = valid ? cache + cache_offset(strides, place, kv_head_) + element : cache;
-        ptx::cp_async_16(tile.address(team_row() + n, chunk), source, valid);
+    const Strides& strides = keys ? params_.cache.k_strides : params_.cache.v_strides;
+    const Bits* cache = static_cast<const Bits*>(keys ? params_.cache.k : params_.cache.v);
+    const bool inside = element < params_.head_dim;
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+      const Bits* source = cache + cache_offset(strides, current_.places[span], kv_head_) + row * strides.seq + element;
+#pragma unroll
+      for (int i = 0; i < kStepsPerSpan; ++i) {
+        ptx::cp_async_16(tile.address(team_row() + span * kSpan + i * kRowsAtOnce + row, chunk),
+                         source + i * kRowsAtOnce * strides.seq, inside);
       }
     }
-    if (!vectorized_) load_elements<kKeys>(params_, current_, kv_head_, tile);
   }
 
   // Of one of the warp's rows. Called by the whole warp.
-  __device__ __forceinline__ CacheRow place_of(int row) const {
-    if (!whole_spans_) {
-      return {__shfl_sync(0xffffffffu, current_.places[0].page, row),
-              __shfl_sync(0xffffffffu, current_.places[0].row, row)};
+  static __device__ __forceinline__ CacheRow place_of(const WarpRows& rows, bool whole_spans, int row) {
+    if (!whole_spans) {
+      return {__shfl_sync(0xffffffffu, rows.places[0].page, row), __shfl_sync(0xffffffffu, rows.places[0].row, row)};
     }
-    CacheRow place = current_.places[0];
+    CacheRow place = rows.places[0];
 #pragma unroll
     for (int span = 1; span < kSpans; ++span) {
-      if (row >= span * kSpan) place = current_.places[span];
+      if (row >= span * kSpan) place = rows.places[span];
     }
     return {place.page, place.row + row % kSpan};
   }
 
-  // Where the cache cannot be read in whole chunks. Rare and bulky, so not inlined.
-  template <bool kKeys>
-  static __device__ __noinline__ void load_elements(const DecodeParams& params, const WarpRows rows, int kv_head,
-                                                    const Tile tile) {
-    const Strides& strides = kKeys ? params.cache.k_strides : params.cache.v_strides;
-    const Bits* cache = static_cast<const Bits*>(kKeys ? params.cache.k : params.cache.v);
-#pragma unroll 4
-    for (int i = threadIdx.x % 32; i < Sizes::kWarpKeys * kHeadDim; i += 32) {
-      const int position = rows.begin + i / kHeadDim;
-      const int d = i % kHeadDim;
+  // The end of a sequence, pages that hold no whole spans or do not exist, and a cache that cannot be read in whole
+  // chunks. Rare and bulky, so not inlined.
+  static __device__ __noinline__ void load_some_rows(const DecodeParams& params, const WarpRows rows, int kv_head,
+                                                     bool keys, bool vectorized, bool whole_spans, const Tile tile) {
+    const Strides& strides = keys ? params.cache.k_strides : params.cache.v_strides;
+    const Bits* cache = static_cast<const Bits*>(keys ? params.cache.k : params.cache.v);
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int i = 0; i < kSteps; ++i) {
+      const int n = i * kRowsAtOnce + lane / kChunksPerRow;
+      const int position = rows.begin + n;
+      const CacheRow place = place_of(rows, whole_spans, n);
       if (position >= rows.lengths.stored && position < rows.lengths.total) continue;
-      Bits bits{0};
-      if (d < params.head_dim && position < rows.lengths.stored) {
-        const CacheRow place = cache_row(params.cache, rows.batch, position);
-        if (place.page >= 0) bits = cache[cache_offset(strides, place, kv_head) + d];
+      const int element = lane % kChunksPerRow * kElementsPerChunk;
+      const bool valid = element < params.head_dim && position < rows.lengths.stored && place.page >= 0;
+      const Bits* source = valid ? cache + cache_offset(strides, place, kv_head) + element : cache;
+      const uint32_t shared = tile.address(team_row() + n, lane % kChunksPerRow);
+      if (vectorized) {
+        ptx::cp_async_16(shared, source, valid);
+        continue;
       }
-      store_shared(tile.address(team_row() + i / kHeadDim, d / kElementsPerChunk) +
-                       d % kElementsPerChunk * static_cast<uint32_t>(sizeof(Bits)),
-                   bits);
+#pragma unroll 1
+      for (int j = 0; j < kElementsPerChunk; ++j) {
+        store_shared(shared + j * static_cast<uint32_t>(sizeof(Bits)),
+                     valid && element + j < params.head_dim ? source[j] : Bits{0});
+      }
     }
   }
 
@@ -182,8 +176,8 @@ class KeyStream {
   Piece piece_;
   int tile_;
   SequenceLengths lengths_;  // of the piece's sequence; all is stored if the append is not ours
-  WarpRows current_;
-  WarpRows ahead_;
+  WarpRows current_{};
+  WarpRows ahead_{};
 };
 
 }  // namespace chunkattn::cuda

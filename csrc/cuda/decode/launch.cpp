@@ -60,7 +60,8 @@ const char* dca_decode(const DecodeParams& params, const DecodeWorkspace& worksp
     if (const char* failure = launch_append(params, cuda_stream)) return failure;
   }
   if (!attends) return nullptr;
-  const bool dependent_launch = device.compute_capability >= 90;
+  // Code for later devices is compiled from PTX of sm_80, which does not know how to wait.
+  const bool dependent_launch = device.compute_capability == 90;
   return params.dtype == DataType::kBFloat16
              ? launch<__nv_bfloat16>(params, workspace, paths, plan, dependent_launch, cuda_stream)
              : launch<__half>(params, workspace, paths, plan, dependent_launch, cuda_stream);

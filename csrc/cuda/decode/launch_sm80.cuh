@@ -28,7 +28,7 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kCombineWarps * 32)
     dca_decode_combine(const __grid_constant__ DecodeParams params, const __grid_constant__ DecodePlan plan,
                        const __grid_constant__ DecodeWorkspace workspace) {
-  DecodeCombine<T, kHeadDim>::run(params, plan, workspace, blockIdx.x);
+  DecodeCombine<T, kHeadDim>::run(params, plan, workspace, static_cast<int>(blockIdx.x));
 }
 
 template <typename T, int kHeadDim>

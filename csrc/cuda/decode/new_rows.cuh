@@ -68,16 +68,19 @@ struct NewRows {
   template <bool kKeys>
   __device__ __forceinline__ Piece cache_piece(const float (&x)[kChunk]) const {
     if constexpr (kFloat8) {
-      uint32_t words[2] = {};
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        const uint32_t bits = cache_bits<T, true>(x[i], kKeys ? params.cache.k_scale : params.cache.v_scale, kv_head);
-        words[i / 4] |= bits << i % 4 * 8;
-      }
-      return {words[0], words[1]};
+      const float* factors = kKeys ? params.cache.k_scale : params.cache.v_scale;
+      return {float8_word(x[0], x[1], x[2], x[3], factors, kv_head),
+              float8_word(x[4], x[5], x[6], x[7], factors, kv_head)};
     } else {
       return pack8<T>(x);
     }
+  }
+
+  // Not inlined: 32 divisions would be.
+  static __device__ __noinline__ uint32_t float8_word(float a, float b, float c, float d, const float* factors,
+                                                      int head) {
+    const auto bits = [&](float x) { return uint32_t{cache_bits<T, true>(x, factors, head)}; };
+    return bits(a) | bits(b) << 8 | bits(c) << 16 | bits(d) << 24;
   }
 
   template <bool kKeys>
@@ -119,15 +122,15 @@ struct NewRows {
     for (int i = thread; i < (to - from) * kHeadDim; i += threads) {
       const int position = from + i / kHeadDim;
       const int d = i % kHeadDim;
-      rows.append_element<true>(position, d, address(k, position - tile_begin, d));
-      rows.append_element<false>(position, d, address(v, position - tile_begin, d));
+      const CacheRow place = cache_row(rows.params.cache, rows.batch, position);
+      rows.append_element<true>(position, d, place, address(k, position - tile_begin, d));
+      rows.append_element<false>(position, d, place, address(v, position - tile_begin, d));
     }
   }
 
   template <bool kKeys>
-  __device__ __forceinline__ void append_element(int position, int d, uint32_t shared) const {
+  __device__ __forceinline__ void append_element(int position, int d, const CacheRow& place, uint32_t shared) const {
     const bool exists = d < params.head_dim;
-    const CacheRow place = cache_row(params.cache, batch, position);
     const Bits bits =
         exists ? new_element<T, kFloat8, kKeys>(params, batch, position - stored, position, kv_head, d) : Bits{0};
     store_shared(shared, bits);

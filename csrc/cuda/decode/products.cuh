@@ -24,7 +24,7 @@ struct DecodeProducts {
   static __device__ __forceinline__ void store_query_chunk(const Tile& q, int row, int chunk, const uint4& x) {
     if constexpr (kFloat8) {
       // Lane t of a quad receives elements 4t to 4t + 3 of a key: to the product they are 2t, 2t + 1, 2t + 8, 2t + 9.
-      const uint32_t words[4] = {as_half2(x.x), as_half2(x.y), as_half2(x.z), as_half2(x.w)};
+      const uint32_t words[4] = {as_operand(x.x), as_operand(x.y), as_operand(x.z), as_operand(x.w)};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         store_shared(q.address(row, chunk / 2 * 2 + i % 2) + (chunk % 2 * 2 + i / 2) * 4, words[i]);
@@ -32,6 +32,15 @@ struct DecodeProducts {
     } else {
       store_shared(q.address(row, chunk), x);
     }
+  }
+
+  template <typename Tile>
+  static __device__ __forceinline__ void store_query_element(const Tile& q, int row, int d, T x) {
+    const uint32_t pair = as_operand(reinterpret_cast<const uint16_t&>(x));
+    const int chunk = d / kChunk, word = d % kChunk / 2;
+    const uint32_t address = kFloat8 ? q.address(row, chunk / 2 * 2 + word % 2) + (chunk % 2 * 2 + word / 2) * 4
+                                     : q.address(row, chunk) + word * 4;
+    store_shared(address + d % 2 * 2, static_cast<uint16_t>(pair));
   }
 
   // logits = Q K^T, of the rows from `row` on and all keys of the tile.
@@ -109,9 +118,9 @@ struct DecodeProducts {
   }
 
  private:
-  // Two elements of T as float16: queries beyond its range become its largest.
-  static __device__ __forceinline__ uint32_t as_half2(uint32_t pair) {
-    if constexpr (std::is_same_v<T, __half>) return pair;
+  // Two elements of T as operands: queries beyond float16's range become its largest.
+  static __device__ __forceinline__ uint32_t as_operand(uint32_t pair) {
+    if constexpr (std::is_same_v<T, Operand>) return pair;
     constexpr float kLargest = 65504.f;
     const float2 x = unpack2<T>(pair);
     return pack2<__half>(fminf(fmaxf(x.x, -kLargest), kLargest), fminf(fmaxf(x.y, -kLargest), kLargest));

@@ -18,11 +18,10 @@ class DecodeSchedule {
         plan_(plan),
         queries_(kManyRows ? tile_queries(params, plan, row_tile) : TileQueries{0, params.seqlen_q}) {
     if (plan.splits > 0) {
-      const int batch = group / plan.splits;
-      first_group_ = batch * plan.splits;
-      const int tiles = this->tiles(batch);
-      shares_ = {tiles, plan.splits < tiles ? plan.splits : tiles};
-      open_share(group - first_group_, batch, 0, tiles);
+      first_.batch = group / plan.splits;
+      first_group_ = first_.batch * plan.splits;
+      first_.tiles = tiles(first_.batch);
+      shares_ = {first_.tiles, plan.splits < first_.tiles ? plan.splits : first_.tiles};
     } else {
       first_group_ = 0;
       int total = 0;
@@ -31,8 +30,9 @@ class DecodeSchedule {
       for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
       const int worth_it = (total + plan.min_tiles - 1) / plan.min_tiles;
       shares_ = {total, plan.groups < worth_it ? plan.groups : worth_it};
-      find_share(group);
+      if (group < shares_.groups) find_sequence(shares_.begin(group));
     }
+    open_share(group - first_group_);
   }
 
   // Whether the group has keys at all, and its first piece.
@@ -72,20 +72,18 @@ class DecodeSchedule {
   // Of a share's tiles behind a sequence the first belong to nobody.
   __device__ __forceinline__ int attended(int left) const { return left > plan_.piece_cost ? left : 0; }
 
-  // Sequence `batch`, whose first tile is `start`, is the first that the group shares in.
-  __device__ __forceinline__ void open_share(int group, int batch, int start, int tiles) {
-    const int from = max(shares_.begin(group) - start, 0);
-    const int to = shares_.begin(group + 1) - start;
-    const int end = min(to, tiles);
-    first_ = {batch, from, max(from, end), tiles, start, attended(to - end)};
-    if (group >= shares_.groups) first_.end = first_.begin;
+  // The group's part of the sequence that first_ says.
+  __device__ __forceinline__ void open_share(int group) {
+    if (group >= shares_.groups) return;
+    first_.begin = max(shares_.begin(group) - first_.start, 0);
+    const int to = shares_.begin(group + 1) - first_.start;
+    const int end = min(to, first_.tiles);
+    first_.end = max(first_.begin, end);
+    first_.left = attended(to - end);
   }
 
-  // Sums up the tiles of sequences, 32 at a time, until the group's first tile is among them.
-  __device__ __forceinline__ void find_share(int group) {
-    first_ = {};
-    if (group >= shares_.groups) return;
-    const int from = shares_.begin(group);
+  // Sums up the tiles of sequences, 32 at a time, until tile `from` is among them.
+  __device__ __forceinline__ void find_sequence(int from) {
     const int lane = threadIdx.x % 32;
     int before = 0;
     for (int begin = 0; begin < params_.batch; begin += 32) {
@@ -98,9 +96,9 @@ class DecodeSchedule {
       const unsigned behind = __ballot_sync(0xffffffffu, before + sum > from);
       if (behind != 0) {
         const int found = __ffs(static_cast<int>(behind)) - 1;
-        const int tiles = __shfl_sync(0xffffffffu, own, found);
-        const int start = before + __shfl_sync(0xffffffffu, sum, found) - tiles;
-        open_share(group, begin + found, start, tiles);
+        first_.batch = begin + found;
+        first_.tiles = __shfl_sync(0xffffffffu, own, found);
+        first_.start = before + __shfl_sync(0xffffffffu, sum, found) - first_.tiles;
         return;
       }
       before += __shfl_sync(0xffffffffu, sum, 31);
@@ -112,7 +110,7 @@ class DecodeSchedule {
   TileQueries queries_;
   int first_group_;  // of those that share_ divides among
   EqualShares shares_;
-  Piece first_;
+  Piece first_{};
 };
 
 }  // namespace chunkattn::cuda

@@ -1,6 +1,7 @@
 // Runs the steps of the selection, some planes at a time.
 #include "cuda/common/device.h"
 #include "cuda/select/launchers.h"
+#include "cuda/select/sizes.h"
 #include "kernels.h"
 
 namespace chunkattn::cuda {
@@ -17,14 +18,23 @@ const char* launch_scores(const SelectPass& pass, int capability, cudaStream_t s
                                                               : launch_scores_sm80(pass, stream);
 }
 
-const char* run_pass(const SelectPass& pass, int capability, cudaStream_t stream) {
-  const char* failure = nullptr;
-  if (pass.workspace.lists != nullptr) {
-    failure = launch_region_means(pass, stream);
-    if (failure == nullptr) failure = launch_scores(pass, capability, stream);
-    if (failure == nullptr) failure = launch_sort_lists(pass, stream);
-  }
+const char* attempt(SelectPass& pass, int listed, int capability, cudaStream_t stream) {
+  pass.listed = listed;
+  pass.candidates_per_row = candidates_per_row(listed);
+  const char* failure = launch_scores(pass, capability, stream);
+  if (failure == nullptr) failure = launch_sort_lists(pass, stream);
   return failure == nullptr ? launch_merge(pass, stream) : failure;
+}
+
+const char* run_pass(SelectPass& pass, int capability, cudaStream_t stream) {
+  if (pass.workspace.lists == nullptr) return launch_merge(pass, stream);
+  const char* failure = launch_region_means(pass, stream);
+  const int top_k = pass.rule.top_k, few = short_list(top_k, pass.rule.geometry.merge);
+  if (failure == nullptr && few < top_k) {
+    failure = attempt(pass, few, capability, stream);
+    pass.again = true;
+  }
+  return failure == nullptr ? attempt(pass, top_k, capability, stream) : failure;
 }
 
 }  // namespace
@@ -41,8 +51,13 @@ const char* select(const SelectParams& params, const SelectWorkspace& workspace,
   if (planes == 0 || rule.groups == 0 || params.top_k == 0) return nullptr;
   for (int first = 0; first < planes; first += workspace.planes_at_once) {
     const int left = planes - first;
-    SelectPass pass{params, workspace, rule, first, left < workspace.planes_at_once ? left : workspace.planes_at_once,
-                    0,      0};
+    SelectPass pass{};
+    pass.params = params;
+    pass.workspace = workspace;
+    pass.rule = rule;
+    pass.first_plane = first;
+    pass.planes = left < workspace.planes_at_once ? left : workspace.planes_at_once;
+    pass.listed = params.top_k;
     pass.first_kv_plane = pass.kv_plane(0);
     pass.kv_planes = pass.kv_plane(pass.planes - 1) + 1;
     if (const char* failure = run_pass(pass, capability, static_cast<cudaStream_t>(stream))) return failure;

@@ -27,7 +27,7 @@ __device__ __forceinline__ RowBlock row_block(const SelectPass& pass, const Tile
   const int first_row = item.tile * kTileM;
   int end = 0, whole_end = INT32_MAX;
   for (int row = first_row + threadIdx.x % 32; row < first_row + kTileM; row += 32) {
-    const int row_end = pass.rule.row_end(row);
+    const int row_end = pass.row_end(item.plane, row);
     end = row_end > end ? row_end : end;
     whole_end = row_end < whole_end ? row_end : whole_end;
   }
@@ -55,7 +55,7 @@ __device__ __forceinline__ void hide_regions(float (&scores)[kBlocks][4], int fi
 }
 
 __device__ __forceinline__ uint64_t* row_lists(const SelectPass& pass, const RowBlock& work, int row) {
-  return pass.workspace.lists + (static_cast<int64_t>(work.plane) * pass.rule.regions + row) * pass.rule.top_k;
+  return pass.workspace.lists + (static_cast<int64_t>(work.plane) * pass.rule.regions + row) * pass.listed;
 }
 
 // Rows that have more to be scored against come first, and the key means that are read together fit the L2 cache.

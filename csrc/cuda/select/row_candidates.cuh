@@ -34,15 +34,15 @@ __device__ __forceinline__ int listed_region(uint64_t entry) {
   return entry == 0 ? -1 : static_cast<int>(~static_cast<uint32_t>(entry));
 }
 
-// kInRegisters: a reduction reads the candidates once; there are kRegisterCandidates then. Otherwise it reads them
-// again for every step of its search.
-template <bool kInRegisters>
+// kInRegisters: how many candidates a row has room for, of which a reduction reads the scores once. 0: any number, and
+// a reduction reads them again for every step of its search.
+template <int kInRegisters>
 class RowCandidates {
  public:
   // `memory` has room for 16 rows of `capacity`, each on a multiple of its size: the addresses of a row's candidates
   // then differ in their lower words alone.
   __device__ __forceinline__ RowCandidates(uint64_t* memory, int capacity, int top_k)
-      : memory_(memory), capacity_(capacity), top_k_(top_k) {
+      : memory_(memory), capacity_(kInRegisters != 0 ? kInRegisters : capacity), top_k_(top_k) {
     restart();
   }
 
@@ -84,25 +84,29 @@ class RowCandidates {
   // Whether some row has no room for another tile of kColumns. The same for all lanes.
   template <int kColumns>
   __device__ __forceinline__ bool full() const {
-    return __any_sync(0xffffffffu, lane_full<kColumns>(0) | lane_full<kColumns>(1));
+    const int most = most_stored(capacity_, kColumns);
+    return __any_sync(0xffffffffu, stored(0) > most || stored(1) > most);
   }
 
-  // Reduces the rows that are full. At the end (`lists` is not null, the warp's first row in it) all of them, to the
-  // top_k best, and writes these there: the first `rows` rows.
+  // Reduces the rows that are half full or more.
   template <int kColumns>
-  __device__ __forceinline__ void reduce(uint64_t* lists, int rows) {
+  __device__ __forceinline__ void reduce() {
     __syncwarp();  // what other lanes appended
-    const uint32_t quads_full[2] = {__ballot_sync(0xffffffffu, lane_full<kColumns>(0)),
-                                    __ballot_sync(0xffffffffu, lane_full<kColumns>(1))};
-#pragma unroll 1
-    for (int row = 0; row < 16; ++row) {
-      const bool needed = lists != nullptr ? row < rows : (quads_full[row / 8] >> row % 8 * 4 & 15) != 0;
-      if (needed) reduce_row(row, lists);
-    }
+    const int few = (most_stored(capacity_, kColumns) + (top_k_ + reduction_slack(top_k_)) / 4) / 2;
+    reduce_rows(rows_of_quads(stored(0) > few) | rows_of_quads(stored(1) > few) << 8, nullptr);
+  }
+
+  // Writes the top_k best of each of the first `rows` rows to `lists`, the warp's first row in it.
+  __device__ __forceinline__ void finish(uint64_t* lists, int rows) {
+    __syncwarp();  // what other lanes appended
+    reduce_rows(rows >= 16 ? 0xffffu : rows > 0 ? (1u << rows) - 1 : 0, lists);
   }
 
  private:
-  static constexpr int kPerLane = kInRegisters ? kRegisterCandidates / 32 : 1;
+  static constexpr int kPerLane = kInRegisters != 0 ? kInRegisters / 32 : 1;
+  static constexpr int kBatch = kPerLane < 8 ? kPerLane : 8;  // reads under way at once
+  // A few are held with their regions; more are read again when they are written.
+  static constexpr bool kHolds = kInRegisters != 0 && kInRegisters <= kFewInRegisters;
 
   uint64_t* memory_;
   int capacity_;
@@ -120,10 +124,6 @@ class RowCandidates {
     return static_cast<uint32_t>(first_address(half) >> 32);
   }
   __device__ __forceinline__ int stored(int half) const { return (cursor_[half] - begin(half)) / 32; }
-  template <int kColumns>
-  __device__ __forceinline__ bool lane_full(int half) const {
-    return stored(half) > capacity_ / 4 - kColumns / 4;
-  }
 
   // A row's candidates as the whole warp sees them: lane l has those at l, l + 32, ... that were stored by lane l % 4
   // of the row's quad.
@@ -131,7 +131,17 @@ class RowCandidates {
     const uint64_t* memory;
     int valid;                // how many that lane stored
     uint32_t keys[kPerLane];  // ordered scores; 0, which no score has, where there is no candidate
+    uint32_t regions[kHolds ? kPerLane : 1];
   };
+
+  // A bit for each quad in which it holds for a lane.
+  static __device__ __forceinline__ uint32_t rows_of_quads(bool holds) {
+    const uint32_t lanes = __ballot_sync(0xffffffffu, holds);
+    uint32_t rows = 0;
+#pragma unroll
+    for (int quad = 0; quad < 8; ++quad) rows |= (lanes >> quad * 4 & 15) != 0 ? 1u << quad : 0;
+    return rows;
+  }
 
   static __device__ __forceinline__ uint64_t load(const uint64_t* entry) {
     uint64_t x;
@@ -141,14 +151,30 @@ class RowCandidates {
   static __device__ __forceinline__ uint32_t key_of(uint64_t candidate) {
     return ordered_bits(__uint_as_float(static_cast<uint32_t>(candidate >> 32)));
   }
-  static __device__ __forceinline__ int region_of(uint64_t candidate) {
-    return static_cast<int>(static_cast<uint32_t>(candidate));
+  static __device__ __forceinline__ uint32_t region_of(uint64_t candidate) { return static_cast<uint32_t>(candidate); }
+  static __device__ __forceinline__ uint64_t candidate_of(uint32_t key, uint32_t region) {
+    return static_cast<uint64_t>(__float_as_uint(from_ordered_bits(key))) << 32 | region;
+  }
+
+  __device__ __forceinline__ void read_row(RowView& row, int index) const {
+    const int mine = index < 8 ? stored(0) : stored(1);
+    row.memory = row_memory(index);
+    row.valid = __shfl_sync(0xffffffffu, mine, index % 8 * 4 + lane() % 4);
+    if constexpr (kInRegisters != 0) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const bool exists = i * 8 + lane() / 4 < row.valid;
+        const uint64_t candidate = exists ? load(row.memory + i * 32 + lane()) : 0;
+        row.keys[i] = exists ? key_of(candidate) : 0;
+        if constexpr (kHolds) row.regions[i] = region_of(candidate);
+      }
+    }
   }
 
   // Calls f(index, key) for the lane's candidates, index counting them.
   template <typename Function>
   __device__ __forceinline__ void for_each(const RowView& row, Function&& f) const {
-    if constexpr (kInRegisters) {
+    if constexpr (kInRegisters != 0) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) f(i, row.keys[i]);
     } else {
@@ -166,11 +192,18 @@ class RowCandidates {
     return static_cast<int>(__reduce_add_sync(0xffffffffu, found));
   }
 
+  // Halfway between two keys: between their scores, which finds a threshold sooner, or now and then between their bits,
+  // which always finds it.
+  static __device__ __forceinline__ uint32_t halfway(uint32_t low, uint32_t high, int step) {
+    const uint32_t between = ordered_bits(0.5f * from_ordered_bits(low) + 0.5f * from_ordered_bits(high - 1));
+    return step % 4 != 0 && between > low && between < high ? between : low + (high - low) / 2;
+  }
+
   // All regions before the result, of those whose key is `key`, are `wanted`. Rows have many equal scores rarely.
-  __device__ __forceinline__ int tie_end(const RowView& row, uint32_t key, int wanted) const {
-    int low = 0, high = INT32_MAX;
+  __device__ __forceinline__ uint32_t tie_end(const RowView& row, uint32_t key, int wanted) const {
+    uint32_t low = 0, high = INT32_MAX;
     while (low < high) {
-      const int middle = low + (high - low) / 2;
+      const uint32_t middle = low + (high - low) / 2;
       const int found = count(row, [&](int i, uint32_t other) {
         return other == key && region_of(load(row.memory + i * 32 + lane())) < middle;
       });
@@ -183,29 +216,30 @@ class RowCandidates {
     return low;
   }
 
-  __device__ __forceinline__ void reduce_row(int index, uint64_t* lists) {
-    const int quad = index % 8 * 4, half = index / 8;
-    const int mine = half == 0 ? stored(0) : stored(1);
-    RowView row;
-    row.memory = row_memory(index);
-    row.valid = __shfl_sync(0xffffffffu, mine, quad + lane() % 4);
-    if constexpr (kInRegisters) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        row.keys[i] = i * 8 + lane() / 4 < row.valid ? key_of(load(row.memory + i * 32 + lane())) : 0;
-      }
-    }
+  // Of the rows whose bit is set.
+  __device__ __forceinline__ void reduce_rows(uint32_t rows, uint64_t* lists) {
+#pragma unroll 1
+    for (; rows != 0; rows &= rows - 1) reduce_row(__ffs(rows) - 1, lists);
+  }
 
-    uint32_t largest = 0;
-    for_each(row, [&](int, uint32_t key) { largest = key > largest ? key : largest; });
-    // At least top_k candidates reach `low`, fewer reach `high`; or all are kept.
-    uint32_t low = __shfl_sync(0xffffffffu, ordered_bits(half == 0 ? threshold_[0] : threshold_[1]), quad);
+  __device__ __forceinline__ void reduce_row(int index, uint64_t* lists) {
+    RowView row;
+    read_row(row, index);
+    uint32_t smallest = UINT32_MAX, largest = 0;
+    for_each(row, [&](int, uint32_t key) {
+      largest = key > largest ? key : largest;
+      smallest = key - 1 < smallest ? key - 1 : smallest;  // what is no candidate becomes the largest
+    });
+    // At least top_k candidates reach `low`, fewer (`better`) reach `high`; or all are kept.
+    uint32_t low = ordered_bits(__shfl_sync(0xffffffffu, index < 8 ? threshold_[0] : threshold_[1], index % 8 * 4));
+    const uint32_t lowest = __reduce_min_sync(0xffffffffu, smallest) + 1;
+    low = lowest > low ? lowest : low;
     uint32_t high = __reduce_max_sync(0xffffffffu, largest) + 1;
-    const int allowed = top_k_ + (lists == nullptr ? kReductionSlack : 0);
-    int kept = count(row, [&](int, uint32_t key) { return key >= low; });
-    int better = 0;  // reach `high`
-    while (kept > allowed && high - low > 1) {
-      const uint32_t middle = low + (high - low) / 2;
+    int kept = static_cast<int>(__reduce_add_sync(0xffffffffu, row.valid)) / 8;  // eight lanes see each quarter
+    int better = 0;
+    const int allowed = top_k_ + (lists == nullptr ? reduction_slack(top_k_) : 0);
+    for (int step = 1; kept > allowed && high - low > 1; ++step) {
+      const uint32_t middle = halfway(low, high, step);
       const int reaching = count(row, [&](int, uint32_t key) { return key >= middle; });
       if (reaching >= top_k_) {
         low = middle;
@@ -215,40 +249,62 @@ class RowCandidates {
         better = reaching;
       }
     }
-    int end_of_ties = INT32_MAX;
+    uint32_t end_of_ties = UINT32_MAX;
     if (kept > allowed) {  // all keys below `high` equal `low`
       end_of_ties = tie_end(row, low, top_k_ - better);
       kept = top_k_;
     }
+    if (lists != nullptr) {
+      write_row(row, low, end_of_ties, lists + static_cast<int64_t>(index) * top_k_, true);
+      return;
+    }
+    write_row(row, low, end_of_ties, row_memory(index), false);
+    __syncwarp();
+    if (lane() / 4 == index % 8) move_on(index / 8, from_ordered_bits(low), kept);
+  }
 
-    uint64_t* target = lists == nullptr ? row_memory(index) : lists + static_cast<int64_t>(index) * top_k_;
+  // Writes the candidates that are kept one behind the other. As entries of a finished list, with zeros behind them.
+  __device__ __forceinline__ void write_row(const RowView& row, uint32_t low, uint32_t end_of_ties, uint64_t* target,
+                                            bool finished) {
     int written = 0;
-    for_each(row, [&](int i, uint32_t key) {
-      // What is written lies before what is still to be read: the target may be the row itself.
-      const uint64_t candidate = key >= low ? load(row.memory + i * 32 + lane()) : 0;
+    // What is written lies before what is still to be read: the target may be the row itself.
+    const auto reread = [&](int i, uint32_t key) {
+      if constexpr (kHolds) return candidate_of(key, row.regions[i]);
+      return key >= low ? load(row.memory + i * 32 + lane()) : 0;
+    };
+    const auto write = [&](uint32_t key, uint64_t candidate) {
       const bool keep = key > low || (key == low && region_of(candidate) < end_of_ties);
       const uint32_t keepers = __ballot_sync(0xffffffffu, keep);
       if (keep) {
         const int place = written + __popc(keepers & ((1u << lane()) - 1));
-        target[place] = lists == nullptr ? candidate : list_entry(key, region_of(candidate));
+        target[place] = finished ? list_entry(key, static_cast<int>(region_of(candidate))) : candidate;
       }
       written += __popc(keepers);
-    });
-    if (lists != nullptr) {
-      for (int i = written + lane(); i < top_k_; i += 32) target[i] = 0;
-      return;
-    }
-    __syncwarp();
-    if (lane() / 4 == index % 8) {
-      const float threshold = from_ordered_bits(low);
-      const uint32_t cursor = begin(half) + (kept - lane() % 4 + 3) / 4 * 32;
-      if (half == 0) {
-        threshold_[0] = threshold;
-        cursor_[0] = cursor;
-      } else {
-        threshold_[1] = threshold;
-        cursor_[1] = cursor;
+    };
+    if constexpr (kInRegisters != 0) {
+#pragma unroll
+      for (int first = 0; first < kPerLane; first += kBatch) {
+        uint64_t candidates[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) candidates[i] = reread(first + i, row.keys[first + i]);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) write(row.keys[first + i], candidates[i]);
       }
+    } else {
+      for_each(row, [&](int i, uint32_t key) { write(key, reread(i, key)); });
+    }
+    for (int i = written + lane(); finished && i < top_k_; i += 32) target[i] = 0;
+  }
+
+  // Of a lane's row, which has `kept` candidates left.
+  __device__ __forceinline__ void move_on(int half, float threshold, int kept) {
+    const uint32_t cursor = begin(half) + (kept - lane() % 4 + 3) / 4 * 32;
+    if (half == 0) {
+      threshold_[0] = threshold;
+      cursor_[0] = cursor;
+    } else {
+      threshold_[1] = threshold;
+      cursor_[1] = cursor;
     }
   }
 };

@@ -15,7 +15,7 @@ namespace chunkattn::cuda {
 
 namespace {
 
-template <int kHeadDim, bool kInRegisters>
+template <int kHeadDim, int kInRegisters>
 struct ScoresSm80 {
   static constexpr int kTileM = kSmallestRowBlock;
   static constexpr int kTileN = kHeadDim == 256 ? 32 : 64;
@@ -73,8 +73,8 @@ struct ScoresSm80 {
   __device__ __forceinline__ void score(const SelectPass& pass, const RowBlock& work,
                                         RowCandidates<kInRegisters>& rows) const {
     const int first_row = work.first_row + threadIdx.x / 32 * 16;
-    const int end[2] = {pass.rule.row_end(first_row + threadIdx.x % 32 / 4),
-                        pass.rule.row_end(first_row + threadIdx.x % 32 / 4 + 8)};
+    const int end[2] = {pass.row_end(work.plane, first_row + threadIdx.x % 32 / 4),
+                        pass.row_end(work.plane, first_row + threadIdx.x % 32 / 4 + 8)};
     rows.restart();
     const int last = work.tiles<kTileN>() - 1;
     load_queries(pass, work);
@@ -93,11 +93,9 @@ struct ScoresSm80 {
       const int first = tile * kTileN + threadIdx.x % 4 * 2;
       if ((tile + 1) * kTileN > work.whole_end) hide_regions(scores[0], first, end);
       rows.append(scores[0], first);
-      if (tile == 0 || rows.template full<kTileN>()) {
-        rows.template reduce<kTileN>(tile == 0 ? row_lists(pass, work, first_row) : nullptr,
-                                     pass.rule.regions - first_row);
-      }
+      if (tile != 0 && rows.template full<kTileN>()) rows.template reduce<kTileN>();
     }
+    rows.finish(row_lists(pass, work, first_row), pass.rule.regions - first_row);
     ptx::cp_async_wait<0>();
   }
 
@@ -106,10 +104,10 @@ struct ScoresSm80 {
     __shared__ RowBlock work;
     const ScoresSm80 self{ptx::shared_address(shared_memory)};
     const int warp = threadIdx.x / 32;
-    const int capacity = pass.workspace.candidates_per_row;
+    const int capacity = pass.candidates_per_row;
     RowCandidates<kInRegisters> rows(
         pass.workspace.candidates + (static_cast<int64_t>(blockIdx.x) * kTileM + warp * 16) * capacity, capacity,
-        pass.rule.top_k);
+        pass.listed);
     for (int64_t index = blockIdx.x;;) {
       __syncthreads();  // every warp has read the block before, and has finished with its keys
       if (warp == 0) {
@@ -124,13 +122,13 @@ struct ScoresSm80 {
   }
 };
 
-template <int kHeadDim, bool kInRegisters>
+template <int kHeadDim, int kInRegisters>
 __global__ void __launch_bounds__(ScoresSm80<kHeadDim, kInRegisters>::kThreads)
     select_scores_sm80(const __grid_constant__ SelectPass pass, const __grid_constant__ TileSchedule schedule) {
   ScoresSm80<kHeadDim, kInRegisters>::run(pass, schedule);
 }
 
-template <int kHeadDim, bool kInRegisters>
+template <int kHeadDim, int kInRegisters>
 const char* launch(const SelectPass& pass, cudaStream_t stream) {
   using Kernel = ScoresSm80<kHeadDim, kInRegisters>;
   const TileSchedule schedule = row_schedule(pass, Kernel::kTileM);
@@ -143,8 +141,14 @@ const char* launch(const SelectPass& pass, cudaStream_t stream) {
 
 template <int kHeadDim>
 const char* launch(const SelectPass& pass, cudaStream_t stream) {
-  return pass.workspace.candidates_per_row == kRegisterCandidates ? launch<kHeadDim, true>(pass, stream)
-                                                                  : launch<kHeadDim, false>(pass, stream);
+  switch (pass.candidates_per_row) {
+    case kFewInRegisters:
+      return launch<kHeadDim, kFewInRegisters>(pass, stream);
+    case kMostInRegisters:
+      return launch<kHeadDim, kMostInRegisters>(pass, stream);
+    default:
+      return launch<kHeadDim, 0>(pass, stream);
+  }
 }
 
 }  // namespace

@@ -6,7 +6,7 @@ namespace chunkattn::cuda {
 
 namespace {
 
-template <int kHeadDim, bool kInRegisters>
+template <int kHeadDim, int kInRegisters>
 __global__ void __launch_bounds__(ScoresSm90<kHeadDim, kInRegisters>::kThreads, 1)
     select_scores_sm90(const __grid_constant__ SelectPass pass, const __grid_constant__ TileSchedule schedule,
                        const __grid_constant__ CUtensorMap key_map) {
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(ScoresSm90<kHeadDim, kInRegisters>::kThreads, 
 #endif
 }
 
-template <int kHeadDim, bool kInRegisters>
+template <int kHeadDim, int kInRegisters>
 const char* launch(const SelectPass& pass, cudaStream_t stream) {
   using Kernel = ScoresSm90<kHeadDim, kInRegisters>;
   const TileSchedule schedule = row_schedule(pass, Kernel::kTileM);
@@ -32,8 +32,14 @@ const char* launch(const SelectPass& pass, cudaStream_t stream) {
 
 template <int kHeadDim>
 const char* launch(const SelectPass& pass, cudaStream_t stream) {
-  return pass.workspace.candidates_per_row == kRegisterCandidates ? launch<kHeadDim, true>(pass, stream)
-                                                                  : launch<kHeadDim, false>(pass, stream);
+  switch (pass.candidates_per_row) {
+    case kFewInRegisters:
+      return launch<kHeadDim, kFewInRegisters>(pass, stream);
+    case kMostInRegisters:
+      return launch<kHeadDim, kMostInRegisters>(pass, stream);
+    default:
+      return launch<kHeadDim, 0>(pass, stream);
+  }
 }
 
 }  // namespace

@@ -20,7 +20,7 @@
 
 namespace chunkattn::cuda {
 
-template <int kHeadDim, bool kInRegisters>
+template <int kHeadDim, int kInRegisters>
 struct ScoresSm90 {
   static constexpr int kTileM = 128;
   static constexpr int kTileN = 128;
@@ -37,6 +37,7 @@ struct ScoresSm90 {
     uint64_t key_full[kStages], key_empty[kStages];
     uint64_t work_full[2], work_empty[2];
     RowBlock work[2];
+    int reductions;  // that a warp of this thread block has asked for
   };
 
   static constexpr size_t kSharedBytes = kStages * KeyShared::kBytes + sizeof(Control);
@@ -56,6 +57,7 @@ struct ScoresSm90 {
       ptx::mbarrier_init(control.work_full + i, 1);
       ptx::mbarrier_init(control.work_empty + i, kConsumers * 128);
     }
+    control.reductions = 0;
     ptx::mbarrier_init_fence();
   }
 
@@ -141,14 +143,26 @@ struct ScoresSm90 {
     ptx::named_barrier_arrive(kTurnBarrier + 1 - warpgroup, 256);
   }
 
+  // A warp that reduces keeps all others waiting for key tiles before long. So when one has to, all do what they have
+  // to do about then.
+  __device__ __forceinline__ void reduce(RowCandidates<kInRegisters>& rows, int& reductions) const {
+    const bool full = rows.template full<kTileN>();
+    const int begun = __shfl_sync(0xffffffffu, *static_cast<volatile int*>(&control.reductions), 0);
+    if (!full && begun <= reductions) return;
+    reductions = begun > reductions ? begun : reductions + 1;
+    if (full && threadIdx.x % 32 == 0) atomicMax(&control.reductions, reductions);
+    rows.template reduce<kTileN>();
+  }
+
   __device__ __forceinline__ void consume(int warpgroup) const {
     const int warp = threadIdx.x / 32;
-    const int capacity = pass.workspace.candidates_per_row;
+    const int capacity = pass.candidates_per_row;
     RowCandidates<kInRegisters> rows(
         pass.workspace.candidates + (static_cast<int64_t>(blockIdx.x) * kTileM + warp * 16) * capacity, capacity,
-        pass.rule.top_k);
+        pass.listed);
     Ring<2> works;
     Ring<kStages> keys;
+    int reductions = 0;
     if (warpgroup == kConsumers - 1) pass_turn(warpgroup);
     while (true) {
       works.wait_full(control.work_full);
@@ -160,8 +174,8 @@ struct ScoresSm90 {
       Operand high, low;
       load_rows(high, work, first_row, 0);
       load_rows(low, work, first_row, 1);
-      const int end[2] = {pass.rule.row_end(first_row + threadIdx.x % 32 / 4),
-                          pass.rule.row_end(first_row + threadIdx.x % 32 / 4 + 8)};
+      const int end[2] = {pass.row_end(work.plane, first_row + threadIdx.x % 32 / 4),
+                          pass.row_end(work.plane, first_row + threadIdx.x % 32 / 4 + 8)};
       rows.restart();
       for (int tile = work.tiles<kTileN>() - 1; tile >= 0; --tile) {
         Scores scores;
@@ -176,11 +190,9 @@ struct ScoresSm90 {
         const int first = tile * kTileN + threadIdx.x % 4 * 2;
         if ((tile + 1) * kTileN > work.whole_end) hide_regions(scores, first, end);
         rows.append(scores, first);
-        if (tile == 0 || rows.template full<kTileN>()) {
-          rows.template reduce<kTileN>(tile == 0 ? row_lists(pass, work, first_row) : nullptr,
-                                       pass.rule.regions - first_row);
-        }
+        if (tile != 0) reduce(rows, reductions);
       }
+      rows.finish(row_lists(pass, work, first_row), pass.rule.regions - first_row);
     }
   }
 

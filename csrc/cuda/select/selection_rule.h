@@ -33,10 +33,13 @@ struct SelectionRule {
   // The last row then lists every region that any row may list, and there is nothing to choose.
   CHUNKATTN_HOST_DEVICE bool keeps_all(int group) const { return eligible(group) <= top_k; }
 
+  // The group that the row votes for.
+  CHUNKATTN_HOST_DEVICE int group_of(int row) const { return row / geometry.merge + lag(); }
+
   // A row is scored against the regions before this one; 0 where there is nothing to choose.
   CHUNKATTN_HOST_DEVICE int row_end(int row) const {
     if (row >= regions) return 0;
-    const int group = row / geometry.merge + lag();
+    const int group = group_of(row);
     if (group >= groups || keeps_all(group)) return 0;
     return geometry.eligible_end(eligibility, group, row % geometry.merge);
   }

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "geometry.h"
+
 namespace chunkattn::cuda {
 
 // Rows that a thread block scores together, in the kernel with the fewest and in the one with the most.
@@ -24,14 +26,43 @@ constexpr int kLargestTopKInShared = 2048;
 // Sizes in ints and the addresses of a row's candidates hold up to here, far beyond what fits into today's memories.
 constexpr int kLargestTopK = 1 << 20;
 
-// A row has room for what it keeps and for what it finds between two reductions: a power of two.
-constexpr int kRegisterCandidates = 1024;  // as many as a warp can hold in registers
-constexpr int kReductionSlack = 64;        // a reduction may leave so many more than top_k
+// Regions that a row lists at first. The walk over the lists of a group's rows ends when it has seen top_k regions: at
+// rank top_k / merge if no two rows agree, at rank top_k if all do.
+constexpr int kShortList = 64;
+inline int short_list(int top_k, int merge) {
+  const int fewest_ranks = (top_k - 1) / merge + 1;
+  const int length = fewest_ranks < kShortList / 8 ? kShortList : 8 * fewest_ranks;
+  return length <= top_k / 2 ? length : top_k;
+}
+
+// A row has room for what it keeps and for what it finds between two reductions: a power of two. A warp holds up to
+// kMostInRegisters in registers.
+constexpr int kFewInRegisters = 512;
+constexpr int kMostInRegisters = 1024;
 constexpr int kLargestTileColumns = 128;
 
-inline int candidates_per_row(int top_k) {
-  int capacity = kRegisterCandidates;
-  while (capacity < top_k + top_k / 4 + kReductionSlack + 2 * kLargestTileColumns) capacity *= 2;
+// Threads that merge the lists of a group.
+constexpr int kMergeThreads = 128;
+
+// Of the table of regions that are kept and those of one step of the walk: no more than half full, and a power of two.
+inline int merge_slots(int top_k) {
+  int slots = 1;
+  while (slots < 2 * (top_k + kMergeThreads)) slots *= 2;
+  return slots;
+}
+
+// Ints of the table and of the regions kept.
+CHUNKATTN_HOST_DEVICE int64_t merge_ints(int slots, int top_k) { return 2 * static_cast<int64_t>(slots) + top_k; }
+
+// A reduction may leave so many more than the row lists.
+CHUNKATTN_HOST_DEVICE int reduction_slack(int listed) { return listed / 8 + 16; }
+
+// A quarter of a row belongs to each lane of its quad. One that stored more has no room for its part of a tile.
+CHUNKATTN_HOST_DEVICE int most_stored(int capacity, int columns) { return capacity / 4 - columns / 4; }
+
+inline int candidates_per_row(int listed) {
+  int capacity = kFewInRegisters;
+  while (capacity < listed + listed / 4 + reduction_slack(listed) + 2 * kLargestTileColumns) capacity *= 2;
   return capacity;
 }
 

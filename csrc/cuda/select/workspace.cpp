@@ -39,6 +39,7 @@ SelectWorkspace select_workspace(const SelectParams& params, void* memory, size_
   workspace.q_means = carver.take<void>(workspace.planes_at_once * means, kMeanBytes);
   workspace.k_means = carver.take<void>(workspace.planes_at_once * means, kMeanBytes);
   workspace.k_largest = carver.take<unsigned>(workspace.planes_at_once);
+  workspace.unmerged = carver.take<int>(static_cast<int64_t>(workspace.planes_at_once) * rule.groups);
   workspace.tile_counter = carver.take<int>(1);
   *bytes = carver.used();
   return workspace;

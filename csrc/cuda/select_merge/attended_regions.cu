@@ -1,7 +1,5 @@
 // Lists of regions without the ids that are ignored, so that the main loops need not look for them.
-#include "cuda/common/carver.h"
 #include "cuda/select_merge/attended_regions.h"
-#include "kernels.h"
 
 namespace chunkattn::cuda {
 
@@ -29,23 +27,7 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) workspace.counts[list] = used;
 }
 
-int64_t count_lists(const SelectMergeParams& params) {
-  const RegionLists& lists = params.regions;
-  return static_cast<int64_t>(params.shape.batch) * lists.index_heads * lists.geometry.groups(params.shape.seqlen_k);
-}
-
 }  // namespace
-
-SelectMergeWorkspace select_merge_workspace(const SelectMergeParams& params, void* memory, size_t* bytes) {
-  const int64_t lists = count_lists(params);
-  Carver carver(memory);
-  SelectMergeWorkspace workspace{};
-  workspace.regions = carver.take<int>(lists * params.regions.capacity);
-  workspace.counts = carver.take<int>(lists);
-  workspace.tile_counter = carver.take<int>(1);
-  *bytes = carver.used();
-  return workspace;
-}
 
 const char* launch_attended_regions(const SelectMergeParams& params, const SelectMergeWorkspace& workspace,
                                     cudaStream_t stream) {

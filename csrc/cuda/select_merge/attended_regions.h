@@ -33,8 +33,13 @@ struct AttendedRegions {
   RegionGeometry geometry;
 
   CHUNKATTN_HOST_DEVICE ListedRegions of(int batch, int head, int position) const {
-    const int64_t plane = static_cast<int64_t>(batch) * index_heads + head / heads_per_list;
-    const int64_t list = plane * groups + geometry.group(position);
+    return of_group(batch, head / heads_per_list, geometry.group(position));
+  }
+
+  // By the index head.
+  CHUNKATTN_HOST_DEVICE ListedRegions of_group(int batch, int index_head, int group) const {
+    const int64_t plane = static_cast<int64_t>(batch) * index_heads + index_head;
+    const int64_t list = plane * groups + group;
     return {ids + list * capacity, counts[list], geometry.region_size};
   }
 
@@ -48,6 +53,11 @@ struct AttendedRegions {
     return list;
   }
 };
+
+inline int64_t count_lists(const SelectMergeParams& params) {
+  const RegionLists& lists = params.regions;
+  return static_cast<int64_t>(params.shape.batch) * lists.index_heads * lists.geometry.groups(params.shape.seqlen_k);
+}
 
 // Fills in the workspace's lists. Returns null, or what failed.
 const char* launch_attended_regions(const SelectMergeParams& params, const SelectMergeWorkspace& workspace,

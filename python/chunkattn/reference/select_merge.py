@@ -156,6 +156,8 @@ def _merge_rows(scores: Tensor, top_k: int, merge: int, eligibility: str) -> Ten
         return selected
     row = torch.arange(rows, device=scores.device)[:, None]
     eligible = torch.full_like(row, first) if eligibility == "group" else (first + row - merge + 1).clamp(min=0)
+    # NaN has no order: it counts as the highest score. (Where torch.sort puts it depends on its sign on some devices.)
+    scores = scores.masked_fill(scores.isnan(), torch.inf)
     # A row's eligible regions come before the others, so that a stable sort lists them first whatever their scores.
     scores = scores.masked_fill(torch.arange(first, device=scores.device) >= eligible, -torch.inf)
     listed = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
