@@ -4,10 +4,9 @@
 
 Stages: pytest (the GPU suite), sanitizer (compute-sanitizer over tests/gpu/sanitize_sweep.py), forward
 (benchmark_forward.py) and, when asked for, backward (benchmark_backward.py), decode (benchmark_decode.py), select_merge
-(benchmark_select_merge.py), finetune (benchmark_finetune.py) and ncu (a profile of one shape). A stage that fails or
-runs out of time does not stop the others. Logs and result files go to the output folder, the summary comes last, and
-the exit status is 1 if a stage
-failed.
+(benchmark_select_merge.py), select_merge_decode (benchmark_select_merge_decode.py), finetune (benchmark_finetune.py)
+and ncu (a profile of one shape). A stage that fails or runs out of time does not stop the others. Logs and result files
+go to the output folder, the summary comes last, and the exit status is 1 if a stage failed.
 """
 
 import argparse
@@ -27,10 +26,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["pytest", "sanitizer", "forward", "backward", "decode", "select_merge", "finetune", "ncu"]
+STAGES = [
+    "pytest", "sanitizer", "forward", "backward", "decode", "select_merge", "select_merge_decode", "finetune", "ncu"
+]  # fmt: skip
 PASSES = ["forward", "backward", "decode"]
 BESIDE_PEERS = [*PASSES, "select_merge"]
-BENCHMARKS = [*BESIDE_PEERS, "finetune"]
+BENCHMARKS = [*BESIDE_PEERS, "select_merge_decode", "finetune"]
 DEFAULT_STAGES = ["pytest", "sanitizer", "forward"]
 TAIL_LINES = 40
 SANITIZER_SHARES = 7  # processes of one tool at a time: it is the host that a sanitizer keeps busy
@@ -255,6 +256,7 @@ def parse_arguments(argv):
         "backward": 260,
         "decode": 120,
         "select_merge": 120,
+        "select_merge_decode": 60,
         "finetune": 200,
         "ncu": 100,
     }
