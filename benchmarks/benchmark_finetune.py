@@ -1,4 +1,5 @@
-"""Times a step of fine-tuning a Llama-2-7B-shaped model with Dual Chunk Attention beside dense attention.
+"""Times a step of fine-tuning a Llama-2-7B-shaped model with Dual Chunk Attention and with select-and-merge attention,
+beside dense attention.
 
     python benchmarks/benchmark_finetune.py --json benchmarks/results/h100/finetune.json
 
@@ -30,7 +31,13 @@ try:
     from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from chunkattn.integrations.transformers import disable_dca, enable_dca
+    from chunkattn.integrations.transformers import (
+        crd_ntk,
+        disable_dca,
+        disable_select_merge,
+        enable_dca,
+        enable_select_merge,
+    )
 except ImportError as error:
     raise SystemExit(f"benchmark_finetune.py needs transformers and peft: {error}") from error
 
@@ -42,7 +49,27 @@ DENSE = "sdpa_causal"
 AttentionInterface.register(DENSE, sdpa_attention_forward)
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
-IMPLS = ("chunkattn", *BACKENDS, "sdpa")  # sdpa: what torch takes by itself
+OURS = ("chunkattn", "select-merge")
+IMPLS = (*OURS, *BACKENDS, "sdpa")  # sdpa: what torch takes by itself
+
+
+@dataclass(frozen=True)
+class SelectMergeSetting:
+    """Tokens of a region, regions selected, regions of a group."""
+
+    region_size: int
+    top_k: int
+    merge: int
+
+    @classmethod
+    def parse(cls, text):
+        parts = text.split(":")
+        if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+            raise ValueError(f"--select-merge must be REGION:TOP_K:MERGE, three positive integers, got {text!r}")
+        return cls(*map(int, parts))
+
+    def __str__(self):
+        return f"{self.region_size}:{self.top_k}:{self.merge}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +78,7 @@ class Model:
 
     config: dict
     setting: str
+    select_merge: str
     tokens: tuple[int, ...]
 
 
@@ -66,6 +94,7 @@ MODELS = {
             "rms_norm_eps": 1e-5,
         },
         "3072:512",
+        "16:384:128",
         (16384, 32768),
     ),
     "tiny": Model(
@@ -79,6 +108,7 @@ MODELS = {
             "max_position_embeddings": 96,
         },
         "64:16",
+        "4:6:4",
         (150,),
     ),
 }
@@ -103,7 +133,8 @@ class Finetune:
         self.device = torch.device(options.device)
         self.cuda = self.device.type == "cuda"
         self.setting = DcaSetting.parse(options.dca or MODELS[options.shape].setting, 0)
-        names = ["chunkattn", *BACKENDS] if self.cuda else ["chunkattn", "sdpa"]
+        self.select_merge = SelectMergeSetting.parse(options.select_merge or MODELS[options.shape].select_merge)
+        names = [*OURS, *BACKENDS] if self.cuda else [*OURS, "sdpa"]
         self.names = options.impls or names
         self.absent = {name: "not selected" for name in names if name not in self.names}
         if not self.cuda:
@@ -135,26 +166,35 @@ class Finetune:
             torch.cuda.synchronize(self.device)
 
     @contextlib.contextmanager
-    def attention(self, impl):
-        """While it lasts, the model computes attention by an implementation, in the backward's recomputation too."""
+    def attention(self, impl, length):
+        """While it lasts, the model computes attention by an implementation, in the backward's recomputation too.
+
+        Gives what its forwards are told besides the tokens: with select-and-merge the positions of CRD NTK.
+        """
         if impl == "chunkattn":
             enable_dca(self.model, self.setting.chunk_size, self.setting.local_size)
             try:
-                yield
+                yield {}
             finally:
                 disable_dca(self.model)
+        elif impl == "select-merge":
+            enable_select_merge(self.model, **vars(self.select_merge))
+            try:
+                yield {"rotary": crd_ntk(self.model).draw(0, length, torch.Generator().manual_seed(0))}
+            finally:
+                disable_select_merge(self.model)
         else:
             with sdpa_kernel(BACKENDS[impl]) if impl in BACKENDS else contextlib.nullcontext():
-                yield
+                yield {}
 
     def step(self, impl, tokens):
         """One step. Returns (milliseconds, peak GiB or None, loss)."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        with self.attention(impl):
+        with self.attention(impl, tokens.shape[1] - 1) as model_inputs:
             self.synchronize()
             begin = time.perf_counter()
-            loss = next_token_loss(self.model, tokens)
+            loss = next_token_loss(self.model, tokens, **model_inputs)
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -198,7 +238,7 @@ class Finetune:
 
     def make_row(self, impl, length, samples, peaks, loss):
         timing = Timing(tuple(samples))
-        ours = impl == "chunkattn"
+        dual_chunk, select_merge = impl == "chunkattn", impl == "select-merge"
         return {
             "impl": impl,
             "pass": "finetune",
@@ -206,8 +246,9 @@ class Finetune:
             "batch": 1,
             "tokens": length,
             "dtype": "bfloat16",
-            "chunk_size": self.setting.chunk_size if ours else None,
-            "local_size": self.setting.local_size if ours else None,
+            "chunk_size": self.setting.chunk_size if dual_chunk else None,
+            "local_size": self.setting.local_size if dual_chunk else None,
+            **{name: value if select_merge else None for name, value in vars(self.select_merge).items()},
             "ms": round(timing.ms, 2),
             "ms_spread": round(timing.spread, 2),
             "steps": len(samples),
@@ -218,10 +259,10 @@ class Finetune:
     def print_rows(self, rows, length):
         table = Table(title=f"a step of {self.options.shape} at {length} tokens, bfloat16", title_justify="left")
         table.add_column("impl")
-        for name in ("chunk:local", "s per step", "spread", "tokens/s", "peak GiB", "loss"):
+        for name in ("setting", "s per step", "spread", "tokens/s", "peak GiB", "loss"):
             table.add_column(name, justify="right")
         for row in rows:
-            setting = str(self.setting) if row["chunk_size"] else "dense"
+            setting = {"chunkattn": str(self.setting), "select-merge": str(self.select_merge)}.get(row["impl"], "dense")
             seconds, spread = row["ms"] / 1e3, row["ms_spread"] / 1e3
             peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
             cells = (f"{seconds:.3f}", f"{spread:.3f}", f"{length / seconds:.0f}", peak, f"{row['loss']:.3f}")
@@ -243,7 +284,7 @@ class Finetune:
             if self.cuda:
                 torch.cuda.empty_cache()
         console.print(f"{len(self.rows)} rows, {len(self.failed)} failures, {time.monotonic() - start:.0f} s")
-        return all(failure["impl"] not in ("chunkattn", "all") for failure in self.failed)
+        return all(failure["impl"] not in (*OURS, "all") for failure in self.failed)
 
 
 def parse_arguments(argv):
@@ -252,6 +293,9 @@ def parse_arguments(argv):
     parser.add_argument("--shape", choices=MODELS, help="default: llama-2-7b on a GPU, tiny on a CPU")
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths; default: 16384 and 32768, or 150 of tiny")
     parser.add_argument("--dca", metavar="CHUNK:LOCAL", help="default: 3/4 and 1/8 of the model's trained length")
+    parser.add_argument(
+        "--select-merge", metavar="REGION:TOP_K:MERGE", help="default: 16:384:128, the paper's, or 4:6:4 of tiny"
+    )
     parser.add_argument("--impls", nargs="+", choices=IMPLS, help="default: all there are")
     parser.add_argument("--lora", type=int, default=8, metavar="RANK", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="steps timed of each implementation after one of warm-up")
@@ -262,6 +306,10 @@ def parse_arguments(argv):
     for name, values in (("tokens", options.tokens or []), ("lora", [options.lora]), ("rounds", [options.rounds])):
         if any(value < 1 for value in values):
             parser.error(f"--{name} must be at least 1, got {min(values)}")
+    try:
+        SelectMergeSetting.parse(options.select_merge or MODELS[options.shape].select_merge)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 

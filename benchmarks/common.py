@@ -25,6 +25,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKWARD_FLOPS = 2.5  # of the forward's: five products instead of two
+FLOPS = {"forward": 1, "backward": BACKWARD_FLOPS, "forward+backward": 1 + BACKWARD_FLOPS}
 
 # Logs are not terminals: without a fixed width rich would fold the tables at 80 columns.
 console = Console(width=None if os.isatty(1) else 120, soft_wrap=False)
@@ -66,8 +67,7 @@ class Shape:
     def flops(self, pass_="forward"):
         """Causal FLOPs, as FlashAttention counts them: 2 B H N N D for N queries and N keys."""
         pairs = self.seq_q * (self.seq_k - self.seq_q / 2)
-        forward = 4 * self.batch * self.heads * pairs * self.head_dim
-        return forward * (BACKWARD_FLOPS if pass_ == "backward" else 1)
+        return 4 * self.batch * self.heads * pairs * self.head_dim * FLOPS[pass_]
 
     def random_inputs(self, device, seed=0):
         """q [B, Sq, H, D], k and v [B, Sk, Hkv, D], normally distributed."""

@@ -38,6 +38,10 @@ class Call:
     def __call__(self):
         return self.function(*self.inputs)
 
+    def results(self):
+        """What a call computes, as the oracle wants it."""
+        return self()
+
 
 class Lazy(Call):
     """A call that ``function`` makes, and compiles, when it is first needed, so that a failure belongs to its case."""
@@ -100,7 +104,7 @@ def check(case, oracle):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    results = case.call()
+    results = case.call.results()
     results = (results,) if isinstance(results, torch.Tensor) else results
     if cuda:
         torch.cuda.synchronize()
@@ -271,20 +275,20 @@ def make_parser(description, benchmark):
     return parser
 
 
-def run(argv, description, benchmark, cuda_table, cpu_table):
-    """The command line of a benchmark; returns the exit status. Tables: shape to its DCA settings."""
+def run(argv, description, benchmark, cuda_table, cpu_table, kind=Shape):
+    """The command line of a benchmark; returns the exit status. Tables: shape to its DCA settings. kind: of shapes."""
     parser = make_parser(description, benchmark)
     parser.add_argument("--dca", nargs="+", metavar="CHUNK:LOCAL", help="DCA settings; one: a single chunk")
     options = parser.parse_args(argv)
-    return run_table(benchmark, options, cuda_table, cpu_table, options.dca, ["3072:512"])
+    return run_table(benchmark, options, cuda_table, cpu_table, options.dca, ["3072:512"], kind)
 
 
-def run_table(benchmark, options, cuda_table, cpu_table, settings, default):
+def run_table(benchmark, options, cuda_table, cpu_table, settings, default, kind=Shape):
     """Runs the shapes that were asked for, or those of the device's table, with ``settings``, or the table's, or the
     default; returns the exit status."""
     table = cuda_table if torch.device(options.device).type == "cuda" else cpu_table
     names = options.shape or list(table)
-    shapes = {Shape.parse(name, options.dtype): settings or table.get(name, default) for name in names}
+    shapes = {kind.parse(name, options.dtype): settings or table.get(name, default) for name in names}
     if any(shape.seq_q != shape.seq_k and not (benchmark.takes_steps and shape.seq_q == 1) for shape in shapes):
         kinds = "one query or as many" if benchmark.takes_steps else "as many"
         raise SystemExit(f"benchmark_{benchmark.pass_} takes shapes with {kinds} queries as keys")

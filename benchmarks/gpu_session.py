@@ -3,10 +3,11 @@
     python benchmarks/gpu_session.py --wheel dist/chunkattn-*.whl --fa3 DIR --output results
 
 Stages: pytest (the GPU suite), sanitizer (compute-sanitizer over tests/gpu/sanitize_sweep.py), forward
-(benchmark_forward.py) and, when asked for, backward (benchmark_backward.py), decode (benchmark_decode.py), select_merge
-(benchmark_select_merge.py), select_merge_decode (benchmark_select_merge_decode.py), finetune (benchmark_finetune.py)
-and ncu (a profile of one shape). A stage that fails or runs out of time does not stop the others. Logs and result files
-go to the output folder, the summary comes last, and the exit status is 1 if a stage failed.
+(benchmark_forward.py) and, when asked for, backward (benchmark_backward.py), varlen (benchmark_varlen.py), decode
+(benchmark_decode.py), select_merge (benchmark_select_merge.py), select_merge_decode (benchmark_select_merge_decode.py),
+finetune (benchmark_finetune.py) and ncu (a profile of one shape). A stage that fails or runs out of time does not stop
+the others. Logs and result files go to the output folder, the summary comes last, and the exit status is 1 if a stage
+failed.
 """
 
 import argparse
@@ -26,11 +27,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = [
-    "pytest", "sanitizer", "forward", "backward", "decode", "select_merge", "select_merge_decode", "finetune", "ncu"
-]  # fmt: skip
+STAGES = ["pytest", "sanitizer", "forward", "backward", "varlen", "decode", "select_merge", "select_merge_decode"]
+STAGES += ["finetune", "ncu"]
 PASSES = ["forward", "backward", "decode"]
-BESIDE_PEERS = [*PASSES, "select_merge"]
+BESIDE_PEERS = [*PASSES, "varlen", "select_merge"]
 BENCHMARKS = [*BESIDE_PEERS, "select_merge_decode", "finetune"]
 DEFAULT_STAGES = ["pytest", "sanitizer", "forward"]
 TAIL_LINES = 40
@@ -254,6 +254,7 @@ def parse_arguments(argv):
         "sanitizer": 120,
         "forward": 260,
         "backward": 260,
+        "varlen": 120,
         "decode": 120,
         "select_merge": 120,
         "select_merge_decode": 60,

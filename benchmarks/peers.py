@@ -441,3 +441,26 @@ def region_gradients(q, k, v, dout, indices, lists):
     sizes = lists.region_size, lists.merge
     out, lse = torch.ops.chunkattn.select_merge(q, k, v, indices, *sizes)
     return lambda: torch.ops.chunkattn.select_merge_backward(dout, q, k, v, out, lse, indices, *sizes)
+
+
+def chunkattn_step(name, q, k, v, dout, cos, sin, sizes, differentiates, context=contextlib.nullcontext):
+    """A call of the op ``name`` on raw q and k that returns (out,), or with its backward behind it (dq, dk, dv)."""
+    forward = getattr(torch.ops.chunkattn, name)
+    backward = getattr(torch.ops.chunkattn, f"{name}_backward")
+
+    def call():
+        with context():
+            out, lse = forward(q, k, v, cos, sin, *sizes)
+            return backward(dout, q, k, v, out, lse, cos, sin, *sizes) if differentiates else (out,)
+
+    return call
+
+
+def packed_fa3_call(ops, q, k, v, dout, packing, differentiates):
+    """The same of FlashAttention-3, dense, of packed sequences."""
+
+    def call():
+        out, lse = ops.fwd(q, k, v, **packing, is_causal=True)[:2]
+        return ops.bwd(dout, q, k, v, out, lse, **packing, is_causal=True)[:3] if differentiates else (out,)
+
+    return call

@@ -420,7 +420,7 @@ def forward_table(rows):
         if ours is None:
             continue
         times = [found.get((impl, "forward")) for impl in dense]
-        cells = [number(ours), f"{selection / ours:.0%}" if selection else "-"]
+        cells = [number(ours), f"{selection / ours:.1%}" if selection else "-"]
         cells += [number(time) if time else "-" for time in times]
         fastest = min(filter(None, times), default=None)
         lines.append([f"{length:,}", *cells, f"{fastest / ours:.2f}" if fastest else "-"])
@@ -428,7 +428,7 @@ def forward_table(rows):
 
 
 def comparisons_table(rows):
-    """What the parts of select-and-merge attention are measured against."""
+    """What the parts of select-and-merge attention are measured against; None where nothing is."""
     found = {(row["pass"], row["impl"], common.row_shape(row)): row for row in rows}
     lines = []
     for (pass_, impl, shape), row in found.items():
@@ -444,7 +444,8 @@ def comparisons_table(rows):
                 unit, values, ratio = "ms", [row["ms"], other["ms"]], other["ms"] / row["ms"]
             lines.append([pass_, shape_label(row), peer, *(f"{number(v)} {unit}" for v in values), f"{ratio:.2f}"])
     lines += _longest_line(found)
-    return markdown_table(["pass", "shape", "beside", "chunkattn", "the other", "times as fast"], lines)
+    header = ["pass", "shape", "beside", "chunkattn", "the other", "times as fast"]
+    return markdown_table(header, lines) if lines else None
 
 
 def _longest_line(found):
@@ -466,7 +467,7 @@ def select_merge_section(results, image):
     rows = results["rows"]
     note = "Rates count executed FLOPs: fewer here than in dense attention and DCA."
     parts = [provenance(results), f"![ms by length]({image})", forward_table(rows), comparisons_table(rows), note]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def section(results, image):

@@ -192,15 +192,15 @@ struct QueryTiling {
 // less than a tile further. Chunk 0 has no chunk before it, and neither succ nor inter rows.
 struct RegimeRows {
   ChunkGeometry geometry;
-  int first_query;       // position
-  int first_near_chunk;  // the first that has succ rows
-  int near_per_chunk;    // succ rows of each chunk
-  int first_far;         // position of the first query that has an inter row
+  int near_per_chunk;  // queries of a chunk that have a succ row
+  int first_far;       // position of the first query that has an inter row
+  int near_pitch;      // from the first succ row of a chunk to that of the next
+  int origin[3];       // by Regime: row 0, counted from where position 0 would have its row
 
   CHUNKATTN_HOST_DEVICE int row(Regime regime, int position) const {
-    if (regime == Regime::kIntra) return position - first_query;
-    if (regime == Regime::kInter) return position - first_far;
-    return (position / geometry.stride() - first_near_chunk) * near_per_chunk + position % geometry.stride();
+    if (regime == Regime::kIntra) return position - origin[0];
+    if (regime == Regime::kInter) return position - origin[2];
+    return position / geometry.stride() * near_pitch + position % geometry.stride() - origin[1];
   }
 
   CHUNKATTN_HOST_DEVICE bool has_row(Regime regime, int position) const {
@@ -211,20 +211,40 @@ struct RegimeRows {
 
   // How many rows there are for queries before position `end`, which is not 0.
   CHUNKATTN_HOST_DEVICE int count(Regime regime, int end) const {
-    if (regime == Regime::kIntra) return end - first_query;
-    if (regime == Regime::kInter) return end > first_far ? end - first_far : 0;
-    return ((end - 1) / geometry.stride() + 1 - first_near_chunk) * near_per_chunk;
+    if (regime == Regime::kIntra) return end - origin[0];
+    if (regime == Regime::kInter) return end > first_far ? end - origin[2] : 0;
+    return ((end - 1) / geometry.stride() + 1) * near_pitch - origin[1];
   }
 };
 
-CHUNKATTN_HOST_DEVICE RegimeRows regime_rows(const ChunkGeometry& geometry, int first_query, int tile_size) {
+// Of the queries of succ, by chunk, that can be in a tile of at most `tile_size` queries.
+CHUNKATTN_HOST_DEVICE int near_queries(const ChunkGeometry& geometry, int tile_size) {
   const int64_t reach = static_cast<int64_t>(geometry.local_size) + tile_size - 1;
-  const int near_per_chunk = reach < geometry.stride() ? static_cast<int>(reach) : geometry.stride();
+  return reach < geometry.stride() ? static_cast<int>(reach) : geometry.stride();
+}
+
+// The first query with an inter row: in chunk 1 the succ row is the position itself, and where it meets the inter row
+// the two are one range of keys.
+CHUNKATTN_HOST_DEVICE int first_far_query(const ChunkGeometry& geometry, int first_query) {
+  const int far = geometry.query_row_in_chunk(Regime::kInter, 0);
+  return first_query > far ? first_query : far;
+}
+
+CHUNKATTN_HOST_DEVICE RegimeRows regime_rows(const ChunkGeometry& geometry, int first_query, int tile_size) {
+  const int near = near_queries(geometry, tile_size);
   const int first_chunk = first_query / geometry.stride();
-  // In chunk 1 the succ row is the position itself; where it meets the inter row the two are one range of keys.
-  const int first_far = geometry.query_row_in_chunk(Regime::kInter, 0);
-  return {geometry, first_query, first_chunk > 0 ? first_chunk : 1, near_per_chunk,
-          first_query > first_far ? first_query : first_far};
+  const int far = first_far_query(geometry, first_query);
+  return {geometry, near, far, near, {first_query, (first_chunk > 0 ? first_chunk : 1) * near, far}};
+}
+
+// Of a sequence in packed tensors, whose queries have a position `origin` greater than their row there. Every regime
+// has room for every query, so that where a sequence's rows lie does not depend on the lengths of those before it.
+CHUNKATTN_HOST_DEVICE RegimeRows packed_regime_rows(const ChunkGeometry& geometry, int origin, int tile_size) {
+  return {geometry,
+          near_queries(geometry, tile_size),
+          first_far_query(geometry, 0),
+          geometry.stride(),
+          {origin, origin, origin}};
 }
 
 }  // namespace chunkattn

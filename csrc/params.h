@@ -45,6 +45,24 @@ struct Sequence {
   int seqlen_k;
 
   CHUNKATTN_HOST_DEVICE int first_position() const { return seqlen_k - seqlen_q; }
+
+  // Cuts the queries that see keys into tiles.
+  CHUNKATTN_HOST_DEVICE QueryTiling query_tiling(const ChunkGeometry& geometry, int tile_size) const {
+    return {geometry, first_position() > 0 ? first_position() : 0, seqlen_k, tile_size};
+  }
+
+  // Cuts the keys that queries see: without queries there are none, otherwise the last query sees all.
+  CHUNKATTN_HOST_DEVICE QueryTiling key_tiling(const ChunkGeometry& geometry, int tile_size) const {
+    return {geometry, 0, seqlen_q > 0 ? seqlen_k : 0, tile_size};
+  }
+};
+
+// The tiles of one packed sequence in the schedule of CUDA kernels, see TileSchedule.
+struct SequenceTiles {
+  int first_item;  // of the schedule
+  int batch;
+  int tiles;  // of a head
+  int group;  // heads that are worked on together
 };
 
 // A plain batch, or sequences of different lengths packed one behind the other, without padding. Packed tensors have no
@@ -73,9 +91,10 @@ struct ForwardParams {
   int* tile_counter;         // [1], workspace of CUDA kernels that hand out tiles as they run; else null
   const int*
       cu_seqlens_q;  // [batch + 1], on the device of q: sequence b has the rows from [b] to [b + 1]; null: a batch
-  const int* cu_seqlens_k;  // the same for k; null if and only if cu_seqlens_q is
-  int total_q;              // rows of packed q
-  int total_k;              // rows of packed k
+  const int* cu_seqlens_k;        // the same for k; null if and only if cu_seqlens_q is
+  int total_q;                    // rows of packed q
+  int total_k;                    // rows of packed k
+  SequenceTiles* sequence_tiles;  // [batch + 1], workspace of CUDA kernels for packed sequences; else null
 
   CHUNKATTN_HOST_DEVICE bool packed() const { return cu_seqlens_q != nullptr; }
 
@@ -92,10 +111,20 @@ struct ForwardParams {
     return {first_q, first_k, clamp(seqlen_q, 0, shape.seqlen_q), clamp(seqlen_k, 0, shape.seqlen_k)};
   }
 
+  // What tensors have in common, packed or not: batch entries with so many rows of q, and of k.
+  CHUNKATTN_HOST_DEVICE int entries() const { return packed() ? 1 : shape.batch; }
+  CHUNKATTN_HOST_DEVICE int rows_q() const { return packed() ? total_q : shape.seqlen_q; }
+  CHUNKATTN_HOST_DEVICE int rows_k() const { return packed() ? total_k : shape.seqlen_k; }
+
+  // softmax_lse, and what else has a value for every query, is made of planes with an element for each row of q.
+  CHUNKATTN_HOST_DEVICE int64_t planes() const { return static_cast<int64_t>(entries()) * shape.heads; }
+  CHUNKATTN_HOST_DEVICE int64_t plane(int batch, int head) const {
+    return packed() ? head : static_cast<int64_t>(batch) * shape.heads + head;
+  }
+
   // The element of softmax_lse that belongs to a sequence's first query.
   CHUNKATTN_HOST_DEVICE int64_t lse_row(int batch, int head) const {
-    if (!packed()) return (static_cast<int64_t>(batch) * shape.heads + head) * shape.seqlen_q;
-    return static_cast<int64_t>(head) * total_q + sequence(batch).first_q;
+    return plane(batch, head) * rows_q() + sequence(batch).first_q;
   }
 
   static CHUNKATTN_HOST_DEVICE int clamp(int value, int least, int most) {
@@ -118,21 +147,24 @@ struct BackwardParams {
 // Queries rotated for one regime, and the gradient with respect to them, in kernels that keep each regime's apart until
 // the end: the sum over regimes needs a rotation per row, which is cheaper once than per key tile.
 struct RegimeQueries {
-  const void* q;  // [batch, rows, heads, head_dim], rotated by ChunkGeometry::query_row
+  const void* q;  // [batch, rows, heads, head_dim], packed: [rows, heads, head_dim]; by ChunkGeometry::query_row
   Strides q_strides;
-  float* dq;  // [batch, heads, rows, head_dim], contiguous, or GradientPieces; starts at zero
+  float* dq;  // [planes, rows, head_dim], contiguous, or GradientPieces; starts at zero
   int rows;   // of RegimeRows
 };
 
 // What the CUDA backward kernels use beside BackwardParams.
 struct BackwardWorkspace {
   RegimeQueries regimes[3];  // by Regime
-  RegimeRows rows;           // of their tensors
-  float* delta;              // [batch, heads, seqlen_q]: rowsum(dout * out)
-  int* turns;           // [batch * heads, query tiles], zeros: whose turn it is to add to dq; null when order is free
-  size_t zeroed_bytes;  // of all dq, turns and the succ queries, which lie one behind the other
-  bool dk_rotated;      // dk is wanted with respect to rotated keys: they arrived so
-  bool dq_in_pieces;    // by GradientPieces: the main loop says
+  RegimeRows rows;           // of their tensors; packed sequences have each their own
+  float* delta;              // as softmax_lse: rowsum(dout * out)
+  int* turns;                // [planes, turns_per_plane]: whose turn it is to add to dq; null when order is free
+  int turns_per_plane;       // at least the query tiles of a head
+  void* zeroed;              // turns and the succ queries of a plain batch, which start at zero
+  size_t zeroed_bytes;
+  SequenceTiles* sequence_tiles;  // [batch + 1], of packed sequences; else null
+  bool dk_rotated;                // dk is wanted with respect to rotated keys: they arrived so
+  bool dq_in_pieces;              // by GradientPieces: the main loop says
 };
 
 // Chooses the regions that each group of queries attends to.

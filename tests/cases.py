@@ -122,14 +122,22 @@ def _worse(a: Tensor, b: Tensor, oracle: Tensor) -> Tensor:
 def check_backward(
     qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, options: dict, attention: str = "dca"
 ) -> tuple[Tensor, ...]:
-    """Compares the gradients of chunkattn.<attention> with those autograd finds for the oracle, and returns them.
+    """Calls chunkattn.<attention>, compares its gradients with the oracle's, returns them."""
+    grads = gradients(getattr(chunkattn, attention), qkv, dout, options)
+    check_gradients(grads, qkv, dout, options, attention)
+    return grads
+
+
+def check_gradients(
+    grads: tuple[Tensor, ...], qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, options: dict, attention: str = "dca"
+) -> None:
+    """Compares gradients with those autograd finds for the oracle.
 
     The backward's formula takes delta = rowsum(dout * out) from the forward's output, which is rounded to the dtype of
     the inputs; autograd of the plain formula does not. What the rounding alone changes in the oracle's gradients counts
     as an error of the plain formula: a shift of delta is a gradient of the log-sum-exp.
     """
     reference = getattr(chunkattn.reference, attention)
-    grads = gradients(getattr(chunkattn, attention), qkv, dout, options)
     plain = gradients(reference, qkv, dout, options)
     exact_qkv = tuple(x.detach().double().requires_grad_() for x in qkv)
     exact_dout = dout.double()
@@ -146,7 +154,6 @@ def check_backward(
             # dP - delta may cancel whatever was summed. 16-bit types sum in float32, far below their own ulps.
             terms = max(terms, _dlogits(out, exact_dout, options) * other.abs().max().item())
         assert_within_rule(ours, exact, _worse(torchs, shifted, exact), name, terms=terms)
-    return grads
 
 
 def _dlogits(out: Tensor, dout: Tensor, options: dict) -> float:

@@ -39,6 +39,24 @@ def test_finetuning_table():
     assert rows == {"before": scores[0], f"after {measured['steps']} steps": scores[1]}
 
 
+def test_select_merge_finetuning_table():
+    rows = table_below("| adapters trained on 2,048 bytes")
+    measured = json.loads((CPU_RESULTS / "finetune_select_merge.json").read_text())
+    scores = [[f"{value:.3f}" for value in measured["bits_per_byte"][when]] for when in ("before", "after")]
+    assert rows == {"before": scores[0], f"after {measured['steps']} steps": scores[1]}
+
+
+def test_passkey_table():
+    rows = table_below("| trained on up to 512 tokens")
+    measured = json.loads((CPU_RESULTS / "passkey.json").read_text())
+    assert measured["trained_length"] == 512
+    accuracy = {key: [f"{100 * share(row):.0f}%" for row in measured["accuracy"]] for key, share in SHARES.items()}
+    assert rows == accuracy
+
+
+SHARES = {"found, mean of all depths": lambda row: sum(row) / len(row), "found, worst depth": min}
+
+
 @pytest.mark.parametrize(
     ("results", "header", "columns"),
     [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from caches import assert_lse_within_rule
-from cases import Case, check_backward, dtypes, gradients, skip_without_kernels
+from cases import Case, check_gradients, dtypes, gradients, skip_without_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_within_rule
@@ -15,6 +15,11 @@ import chunkattn
 CASE = Case(batch=1, heads=4, kv_heads=2, head_dim=32)
 SEQLENS = (26, 0, 27, 95, 1, 28, 54)
 PREFIXED = ((5, 60), (1, 27), (0, 30), (33, 33), (0, 0), (28, 81))
+# c = 123, several tiles to a chunk. Lengths around those of tiles of the CUDA kernels, for every one of which something
+# ends in a whole tile and something in a partial one.
+LONG = CASE.but(kv_heads=1, head_dim=64, chunk_size=200, local_size=77)
+TILES = (64, (127, 127), 128, (129, 250), 192, (1, 193), (63, 320), 0, (256, 256), (65, 65))
+UNSEEING = ((20, 5), (3, 0), (40, 60))
 
 
 @pytest.fixture
@@ -76,9 +81,25 @@ def check_all_dtypes(case, device, lengths):
         assert_lse_within_rule(lse, oracle_lse, plain_lse, dtype)
 
 
-@pytest.mark.parametrize("lengths", [SEQLENS, PREFIXED, (300, 3, 0), (7,), (0, 0)], ids=str)
+@pytest.mark.parametrize("lengths", [SEQLENS, PREFIXED, (300, 3, 0), (7,), (0, 0), ((5, 0), (2, 0))], ids=str)
 def test_lengths(device, lengths):
     check_all_dtypes(CASE, device, lengths)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_lengths_around_tiles(device, head_dim):
+    check_all_dtypes(LONG.but(head_dim=head_dim), device, TILES)
+
+
+def test_many_sequences(device):
+    check_all_dtypes(CASE, device, (13,) * 140)
+
+
+def test_lengths_may_be_less_than_the_maximum(device):
+    (q, k, v), packing, options = packed_call(CASE, device, torch.bfloat16, PREFIXED)
+    expected = chunkattn.dca_varlen(q, k, v, **packing, **options)
+    packing |= {"max_seqlen_q": 10_000, "max_seqlen_k": 1_000_000}
+    assert torch.equal(chunkattn.dca_varlen(q, k, v, **packing, **options), expected)
 
 
 def test_queries_before_the_first_key(device):
@@ -121,10 +142,15 @@ def test_sequences_do_not_see_each_other(device):
         assert torch.equal(dirty[end:], clean[end:])
 
 
-def check_gradients(case, device, lengths):
+def random_dout(q, seed=2):
+    return torch.randn(q.shape, generator=torch.Generator().manual_seed(seed)).to(q.device, q.dtype)
+
+
+def check_packed_gradients(case, device, lengths):
+    """Those of each sequence are within the rule of its own, and those of what sees nothing or is not seen are 0."""
     for dtype in dtypes(device):
         qkv, packing, options = packed_call(case, device, dtype, lengths)
-        dout = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+        dout = random_dout(qkv[0])
         ours = gradients(chunkattn.dca_varlen, qkv, dout, {**packing, **options})
         bounds = [packing[name].tolist() for name in ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k")]
         for row in range(len(lengths)):
@@ -139,20 +165,120 @@ def check_gradients(case, device, lengths):
                 assert not dk.any()
                 assert not dv.any()
                 continue
-            expected = check_backward((q, k, v), part, {**options, "temperature": one})
-            for name, a, b in zip(("dq", "dk", "dv"), (dq, dk, dv), expected, strict=True):
-                # Within the rule of its own; sums may only be taken in another order.
-                assert_within_rule(a, b.double(), b, name, ulps=64)
+            check_gradients((dq, dk, dv), (q, k, v), part, {**options, "temperature": one})
 
 
-@pytest.mark.parametrize("lengths", [SEQLENS, PREFIXED, ((20, 5), (3, 0), (40, 60))], ids=str)
+@pytest.mark.parametrize("lengths", [SEQLENS, PREFIXED, UNSEEING, ((5, 0), (2, 0)), ((0, 4), (0, 0))], ids=str)
 def test_gradients(device, lengths):
-    check_gradients(CASE, device, lengths)
+    check_packed_gradients(CASE, device, lengths)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_around_tiles(device, head_dim, deterministic):
+    if deterministic and device.type == "cpu":
+        pytest.skip("the CPU always is")
+    check_packed_gradients(LONG.but(head_dim=head_dim, deterministic=deterministic), device, TILES)
 
 
 def test_gradients_with_options(device):
     case = CASE.but(temperature=(0.5, 1.0, 1.5, 2.0, 0.7, 1.2), interleaved=True, q_rotated=True, k_rotated=True)
-    check_gradients(case.but(deterministic=True), device, PREFIXED)
+    check_packed_gradients(case.but(deterministic=True), device, PREFIXED)
+
+
+def test_gradients_of_packed_views(device):
+    for dtype in dtypes(device):
+        (q, k, v), packing, options = packed_call(CASE.but(kv_heads=4, deterministic=True), device, dtype, SEQLENS)
+        dout = random_dout(q)
+        expected = gradients(chunkattn.dca_varlen, (q, k, v), dout, {**packing, **options})
+        views = torch.stack((q, k, v), dim=1).unbind(1)
+        for ours, other in zip(
+            gradients(chunkattn.dca_varlen, views, dout, {**packing, **options}), expected, strict=True
+        ):
+            assert torch.equal(ours, other)
+
+
+def test_deterministic_gradients_repeat(device):
+    for dtype in dtypes(device):
+        qkv, packing, options = packed_call(LONG.but(deterministic=True), device, dtype, TILES)
+        dout = random_dout(qkv[0])
+        first, *others = (gradients(chunkattn.dca_varlen, qkv, dout, {**packing, **options}) for _ in range(4))
+        for again in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("argument", ["q", "k", "v", "dout", "all"])
+def test_gradients_of_sequences_do_not_mix(device, head_dim, argument):
+    # NaN in one sequence leaves all others bit by bit as they were.
+    lengths = ((70, 70), (33, 150), (200, 200), (77, 77), (150, 150))
+    case = LONG.but(head_dim=head_dim, deterministic=True)
+    for dtype in dtypes(device)[-2:]:
+        qkv, packing, options = packed_call(case, device, dtype, lengths)
+        dout = random_dout(qkv[0])
+        clean = gradients(chunkattn.dca_varlen, qkv, dout, {**packing, **options})
+        offsets_q, offsets_k = (packing[name].tolist() for name in ("cu_seqlens_q", "cu_seqlens_k"))
+        rows_q, rows_k = (slice(offsets[2], offsets[3]) for offsets in (offsets_q, offsets_k))
+        for name, x, rows in zip(("q", "k", "v", "dout"), (*qkv, dout), (rows_q, rows_k, rows_k, rows_q), strict=True):
+            if argument in (name, "all"):
+                x[rows] = torch.nan
+        dirty = gradients(chunkattn.dca_varlen, qkv, dout, {**packing, **options})
+        for before, after, rows in zip(clean, dirty, (rows_q, rows_k, rows_k), strict=True):
+            assert torch.equal(before[: rows.start], after[: rows.start])
+            assert torch.equal(before[rows.stop :], after[rows.stop :])
+
+
+def test_graph_replays_with_other_lengths(device):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs")
+    # Sums of 400 queries and 500 keys, in sequences of at most 300 of either.
+    batches = (((100, 100), (100, 150), (200, 250)), ((300, 300), (0, 0), (100, 200)), ((1, 200), (299, 300), (100, 0)))
+    case = LONG.but(head_dim=128, deterministic=True)
+    qkv, packing, options = packed_call(case, device, torch.bfloat16, batches[0])
+    packing |= {"max_seqlen_q": 300, "max_seqlen_k": 300}
+    dout = random_dout(qkv[0])
+    cos, sin, *rest = options.values()
+    arguments = (cos, sin, *packing.values(), *rest)
+
+    def run():
+        out, lse = torch.ops.chunkattn.dca_varlen(*qkv, *arguments)
+        return out, lse, *torch.ops.chunkattn.dca_varlen_backward(dout, *qkv, out, lse, *arguments)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = run()
+    for lengths in batches:
+        for name, lengths_of in zip(("cu_seqlens_q", "cu_seqlens_k"), zip(*lengths, strict=True), strict=True):
+            packing[name].copy_(offsets(device, lengths_of))
+        graph.replay()
+        torch.cuda.synchronize()
+        for replayed, now in zip(results, run(), strict=True):
+            assert torch.equal(replayed, now)
+
+
+def test_wrong_offsets_on_cuda_stay_inside(device):
+    # compute-sanitizer sees accesses outside the tensors; here the device only has to survive.
+    if device.type != "cuda":
+        pytest.skip("checked on the CPU")
+    generator = torch.Generator().manual_seed(0)
+    qkv, packing, options = packed_call(LONG, device, torch.bfloat16, (70, 1, 200, 33))
+    expected = gradients(chunkattn.dca_varlen, qkv, random_dout(qkv[0]), {**packing, **options})
+    good = {name: packing[name].clone() for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    for _ in range(20):
+        for name in good:
+            bits = torch.randint(0, 31, (5,), generator=generator)
+            wrong = torch.randint(-(2**31), 2**31 - 1, (5,), generator=generator) // 2**bits
+            packing[name].copy_(wrong)
+        gradients(chunkattn.dca_varlen, qkv, random_dout(qkv[0]), {**packing, **options})
+    for name, values in good.items():
+        packing[name].copy_(values)
+    again = gradients(chunkattn.dca_varlen, qkv, random_dout(qkv[0]), {**packing, **options})
+    for a, b in zip(again, expected, strict=True):
+        assert_within_rule(a, b.double(), b, "gradient", ulps=8)
 
 
 @pytest.mark.parametrize("threads", [2, 5])
@@ -173,14 +299,14 @@ def test_cpu_threads(threads, lengths):
 
 
 @st.composite
-def packed_cases(draw):
+def packed_cases(draw, head_dims=None, longest=120):
     chunk_size = draw(st.integers(2, 90))
     kv_heads = draw(st.integers(1, 3))
-    lengths = draw(st.lists(st.tuples(st.integers(0, 120), st.integers(0, 120)), min_size=1, max_size=6))
+    lengths = draw(st.lists(st.tuples(st.integers(0, longest), st.integers(0, longest)), min_size=1, max_size=6))
     case = Case(
         heads=kv_heads * draw(st.integers(1, 3)),
         kv_heads=kv_heads,
-        head_dim=draw(st.integers(2, 70)),
+        head_dim=draw(head_dims or st.integers(2, 70)),
         chunk_size=chunk_size,
         local_size=draw(st.integers(1, chunk_size - 1)),
         temperature=draw(st.none() | st.tuples(*[st.floats(0.25, 4, width=32)] * len(lengths))),
@@ -200,6 +326,31 @@ def packed_cases(draw):
 @given(call=packed_cases())
 def test_random_cases(device, call):
     check_all_dtypes(call[0], device, call[1])
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(call=packed_cases(), deterministic=st.booleans())
+def test_random_gradients(device, call, deterministic):
+    check_packed_gradients(call[0].but(deterministic=deterministic), device, call[1])
+
+
+def test_random_aligned_cases_on_cuda(device):
+    if device.type != "cuda":
+        pytest.skip("other alignments have kernels of their own on CUDA only")
+
+    @settings(max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(call=packed_cases(st.sampled_from((16, 64, 80, 128, 192, 256)), 300), deterministic=st.booleans())
+    def check(call, deterministic):
+        case, lengths = call
+        check_all_dtypes(case, device, lengths)
+        check_packed_gradients(case.but(deterministic=deterministic), device, lengths)
+
+    check()
 
 
 def test_opcheck(device):
@@ -263,6 +414,10 @@ BAD_CALLS = {
     "cu_seqlens_q is empty": (
         {"cu_seqlens_q": lambda x: x[:0]},
         r"cu_seqlens_q must have batch \+ 1 elements, got none",
+    ),
+    "cu_seqlens_q and cu_seqlens_k name no sequence": (
+        {"cu_seqlens_q": lambda x: x[:1], "cu_seqlens_k": lambda x: x[:1]},
+        "cu_seqlens_q must have more than one element unless q is empty, got 1 element and 96 rows",
     ),
     "cu_seqlens_k has 2 dimensions": ({"cu_seqlens_k": lambda x: x[None]}, "cu_seqlens_k must have 1 dimensions"),
     "cu_seqlens_k is shorter": (

@@ -28,6 +28,26 @@ std::tuple<Tensor, Tensor, Tensor> backward_on_cpu(const DcaArguments& arguments
   return gradients.as_tuple();
 }
 
+#ifdef CHUNKATTN_WITH_CUDA
+std::tuple<Tensor, Tensor, Tensor> backward_on_cuda(const DcaArguments& arguments, const Tensor& dout,
+                                                    const Tensor& out, const Tensor& softmax_lse, bool deterministic) {
+  check_dca_backward(arguments, dout, out, softmax_lse);
+  const Tensor& q = arguments.q;
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const Gradients gradients = new_gradients(q, arguments.k, arguments.v);
+  if (gradients.empty) return gradients.as_tuple();
+
+  const BackwardParams params = backward_params(arguments, dout, out, softmax_lse, gradients);
+  size_t bytes = 0;
+  cuda::backward_workspace(params, deterministic, nullptr, &bytes);
+  const Tensor memory = new_workspace(q, bytes);
+  const BackwardWorkspace workspace =
+      cuda::backward_workspace(params, deterministic, memory.mutable_data_ptr(), &bytes);
+  throw_if_failed(cuda::dca_backward(params, workspace, current_cuda_stream(q.get_device_index())));
+  return gradients.as_tuple();
+}
+#endif
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> dca_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
@@ -59,19 +79,18 @@ std::tuple<Tensor, Tensor, Tensor> dca_backward_cuda(Tensor dout, Tensor q, Tens
                                                      bool q_rotated, bool k_rotated, bool deterministic) {
   const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
                                local_size, scale, temperature, interleaved, q_rotated, k_rotated};
-  check_dca_backward(arguments, dout, out, softmax_lse);
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Gradients gradients = new_gradients(q, k, v);
-  if (gradients.empty) return gradients.as_tuple();
+  return backward_on_cuda(arguments, dout, out, softmax_lse, deterministic);
+}
 
-  const BackwardParams params = backward_params(arguments, dout, out, softmax_lse, gradients);
-  size_t bytes = 0;
-  cuda::backward_workspace(params, deterministic, nullptr, &bytes);
-  const Tensor memory = new_workspace(q, bytes);
-  const BackwardWorkspace workspace =
-      cuda::backward_workspace(params, deterministic, memory.mutable_data_ptr(), &bytes);
-  throw_if_failed(cuda::dca_backward(params, workspace, current_cuda_stream(q.get_device_index())));
-  return gradients.as_tuple();
+std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward_cuda(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin,
+    Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t chunk_size,
+    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature, bool interleaved,
+    bool q_rotated, bool k_rotated, bool deterministic) {
+  const PackedSequences packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  const DcaArguments arguments{q,     k,           v,           cos,       sin,       chunk_size, local_size,
+                               scale, temperature, interleaved, q_rotated, k_rotated, packed};
+  return backward_on_cuda(arguments, dout, out, softmax_lse, deterministic);
 }
 #endif
 

@@ -224,6 +224,8 @@ void check_packed(const PackedSequences& packed, const Tensor& q) {
   check(packed.cu_seqlens_k.size(0) == packed.cu_seqlens_q.size(0),
         "cu_seqlens_k must have the length of cu_seqlens_q, ", packed.cu_seqlens_q.size(0), ", got ",
         packed.cu_seqlens_k.size(0));
+  check(packed.cu_seqlens_q.size(0) > 1 || q.size(0) == 0,
+        "cu_seqlens_q must have more than one element unless q is empty, got 1 element and ", q.size(0), " rows of q");
   const std::pair<const char*, int64_t> lengths[] = {{"max_seqlen_q", packed.max_seqlen_q},
                                                      {"max_seqlen_k", packed.max_seqlen_k}};
   for (const auto& [name, length] : lengths) {

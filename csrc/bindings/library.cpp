@@ -85,6 +85,8 @@ STABLE_TORCH_LIBRARY_IMPL(chunkattn, CPU, library) {
 STABLE_TORCH_LIBRARY_IMPL(chunkattn, CUDA, library) {
   library.impl("dca", TORCH_BOX(&bindings::dca_cuda));
   library.impl("dca_backward", TORCH_BOX(&bindings::dca_backward_cuda));
+  library.impl("dca_varlen", TORCH_BOX(&bindings::dca_varlen_cuda));
+  library.impl("dca_varlen_backward", TORCH_BOX(&bindings::dca_varlen_backward_cuda));
   library.impl("dca_with_kvcache", TORCH_BOX(&bindings::dca_with_kvcache));
   library.impl("dca_with_kvcache.out", TORCH_BOX(&bindings::dca_with_kvcache_out));
   library.impl("select", TORCH_BOX(&bindings::select_cuda));

@@ -40,7 +40,17 @@ std::tuple<Tensor, Tensor> dca_varlen_cpu(Tensor q, Tensor k, Tensor v, Tensor c
                                           int64_t chunk_size, int64_t local_size, std::optional<double> scale,
                                           std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
                                           bool k_rotated, bool deterministic);
+std::tuple<Tensor, Tensor> dca_varlen_cuda(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor cu_seqlens_q,
+                                           Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                           int64_t chunk_size, int64_t local_size, std::optional<double> scale,
+                                           std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
+                                           bool k_rotated, bool deterministic);
 std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward_cpu(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin,
+    Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t chunk_size,
+    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature, bool interleaved,
+    bool q_rotated, bool k_rotated, bool deterministic);
+std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward_cuda(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin,
     Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t chunk_size,
     int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature, bool interleaved,

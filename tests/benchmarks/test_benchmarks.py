@@ -24,6 +24,7 @@ benchmark_decode = importlib.import_module("benchmark_decode")
 benchmark_forward = importlib.import_module("benchmark_forward")
 benchmark_select_merge = importlib.import_module("benchmark_select_merge")
 benchmark_select_merge_decode = importlib.import_module("benchmark_select_merge_decode")
+benchmark_varlen = importlib.import_module("benchmark_varlen")
 gpu_session = importlib.import_module("gpu_session")
 sanitize_sweep = importlib.import_module("sanitize_sweep")
 
@@ -52,6 +53,10 @@ def run_backward(path, *arguments):
     return run_benchmark(benchmark_backward, path, *arguments)
 
 
+def run_varlen(path, *arguments):
+    return run_benchmark(benchmark_varlen, path, "--shape", "b3-s96-h4/2-d16", "--dca", "64:16", *arguments)
+
+
 class TestShape:
     @pytest.mark.parametrize("text", ["s8192-h32-d128", "s32768-h32/8-d128", "b2-s1/4096-h8-d64"])
     def test_round_trip(self, text):
@@ -70,6 +75,20 @@ class TestShape:
         assert shape.flops() == 2 * 2 * 3 * 1024 * 1024 * 64
         assert shape.flops("backward") == 2.5 * shape.flops()
         assert common.Shape.parse("s1/4k-h1-d64").flops() == pytest.approx(4 * 64 * 4096, rel=1e-3)
+
+
+class TestPackedShape:
+    def test_lengths(self):
+        lengths = benchmark_varlen.PackedShape.parse("b64-s8k-h32/8-d128").lengths
+        assert len(lengths) == 64
+        assert all(512 <= length <= 8192 for length in lengths)
+        assert len(set(lengths)) > 50
+        assert lengths == benchmark_varlen.PackedShape.parse("b64-s8k-h4-d64").lengths
+
+    def test_flops(self):
+        shape = benchmark_varlen.PackedShape.parse("b5-s1k-h3-d64")
+        assert shape.flops() == sum(2 * 3 * length * length * 64 for length in shape.lengths)
+        assert shape.flops("forward+backward") == 3.5 * shape.flops()
 
 
 def test_one_chunk_holds_all_keys():
@@ -284,6 +303,62 @@ class TestForward:
     def test_once_times_nothing(self, tmp_path):
         status, results = run_forward(tmp_path / "forward.json", "--once", "--impls", "chunkattn")
         assert (status, results["rows"]) == (0, [])
+
+
+@pytest.mark.usefixtures("quick_ceilings")
+class TestVarlen:
+    def test_results(self, tmp_path):
+        status, results = run_varlen(tmp_path / "varlen.json")
+        assert status == 0
+        assert results["header"]["benchmark"] == "varlen"
+        impls = ("chunkattn", "chunkattn-alone", "chunkattn-longest")
+        passes = ("forward", "forward+backward")
+        assert [(row["pass"], row["impl"]) for row in results["rows"]] == [(p, impl) for p in passes for impl in impls]
+        for row in results["rows"]:
+            assert row.keys() >= ROW_FIELDS
+            assert 0 < row["max_error"] < 0.2
+            assert row["batch"] == (1 if row["impl"] == "chunkattn-longest" else 3)
+        assert {"fa3", "chunkattn-portable"} <= results["absent"].keys()
+
+    def test_wrong_output_is_not_timed(self, monkeypatch, tmp_path):
+        correct = peers.chunkattn_step
+
+        def spoiled(name, *arguments):
+            def call():
+                results = correct(name, *arguments)()
+                if name == "dca_varlen":
+                    results[0][-1] += 0.5
+                return results
+
+            return call
+
+        monkeypatch.setattr(peers, "chunkattn_step", spoiled)
+        status, results = run_varlen(tmp_path / "varlen.json", "--impls", "chunkattn", "chunkattn-alone")
+        assert status == 1
+        assert {row["impl"] for row in results["rows"]} == {"chunkattn-alone"}
+        assert [failure["error"].partition(":")[0] for failure in results["failed"]] == [
+            "output is wrong",
+            "dq is wrong",
+        ]
+
+    def test_packed_fa3(self):
+        called = []
+
+        def fwd(*tensors, **keywords):
+            called.append((tensors, keywords))
+            return "out", "lse", None, None
+
+        def bwd(*tensors, **keywords):
+            called.append((tensors, keywords))
+            return "dq", "dk", "dv", None
+
+        ops = types.SimpleNamespace(fwd=fwd, bwd=bwd)
+        packing = {"cu_seqlens_q": 1, "max_seqlen_q": 2}
+        assert peers.packed_fa3_call(ops, "q", "k", "v", "dout", packing, False)() == ("out",)
+        assert peers.packed_fa3_call(ops, "q", "k", "v", "dout", packing, True)() == ("dq", "dk", "dv")
+        keywords = packing | {"is_causal": True}
+        assert called[-1] == (("dout", "q", "k", "v", "out", "lse"), keywords)
+        assert called[0] == (("q", "k", "v"), keywords)
 
 
 @pytest.mark.usefixtures("quick_ceilings")
@@ -545,17 +620,21 @@ class TestFinetune:
         assert status == 0
         assert results["header"].keys() >= HEADER_FIELDS
         assert results["header"]["trained_parameters"] == 2 * 8 * (2 * (64 + 64) + 2 * (64 + 32))
-        rows = [(row["impl"], row["tokens"], row["chunk_size"], row["local_size"]) for row in results["rows"]]
-        assert rows == [
-            ("chunkattn", 40, 64, 16),
-            ("sdpa", 40, None, None),
-            ("chunkattn", 150, 64, 16),
-            ("sdpa", 150, None, None),
+        names = ("impl", "tokens", "chunk_size", "local_size", "region_size", "top_k", "merge")
+        dense = [None] * 5
+        assert [[row[name] for name in names] for row in results["rows"]] == [
+            [impl, tokens, *setting]
+            for tokens in (40, 150)
+            for impl, setting in (
+                ("chunkattn", [64, 16, None, None, None]),
+                ("select-merge", [None, None, 4, 6, 4]),
+                ("sdpa", dense),
+            )
         ]
         for row in results["rows"]:
             assert row["ms"] > 0
             assert row["steps"] == 3
-        ours, dense = (row["loss"] for row in results["rows"][:2])
+        ours, _, dense = (row["loss"] for row in results["rows"][:3])
         assert ours == pytest.approx(dense, abs=0.01), "one chunk is causal attention"
         assert {"cudnn", "fa2"} <= results["absent"].keys()
         assert "absent: cudnn" in capsys.readouterr().out
@@ -566,22 +645,29 @@ class TestFinetune:
 
     def test_implementations_are_what_runs(self, monkeypatch, finetune):
         calls = []
-        real = {"chunkattn": chunkattn.dca, "sdpa": torch.nn.functional.scaled_dot_product_attention}
+        real = {
+            "chunkattn": chunkattn.dca,
+            "select-merge": chunkattn.select_merge,
+            "sdpa": torch.nn.functional.scaled_dot_product_attention,
+        }
 
         def record(name):
             return lambda *arguments, **options: calls.append((name, options)) or real[name](*arguments, **options)
 
         monkeypatch.setattr(chunkattn, "dca", record("chunkattn"))
+        monkeypatch.setattr(chunkattn, "select_merge", record("select-merge"))
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record("sdpa"))
         benchmark = finetune.Finetune(finetune.parse_arguments(["--device", "cpu"]))
         tokens = torch.randint(128, (1, 101))
-        for name in ("chunkattn", "sdpa", "chunkattn"):
+        for name in ("chunkattn", "sdpa", "select-merge", "chunkattn"):
             before = [weight.detach().clone() for weight in benchmark.optimizer.param_groups[0]["params"]]
             benchmark.step(name, tokens)
             # Two layers, each once in the forward and once more in the backward.
             assert [call for call, _ in calls] == [name] * 4
             if name == "sdpa":
                 assert all(options["is_causal"] and options["attn_mask"] is None for _, options in calls)
+            if name == "select-merge":
+                assert all(options.items() >= vars(benchmark.select_merge).items() for _, options in calls)
             calls.clear()
             after = benchmark.optimizer.param_groups[0]["params"]
             assert any(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
@@ -593,7 +679,7 @@ class TestFinetune:
         monkeypatch.setattr(chunkattn, "dca", broken)
         status, results = self.run(finetune, tmp_path / "finetune.json")
         assert status == 1
-        assert [row["impl"] for row in results["rows"]] == ["sdpa"]
+        assert [row["impl"] for row in results["rows"]] == ["select-merge", "sdpa"]
         assert results["failed"] == [{"impl": "chunkattn", "tokens": 150, "error": "RuntimeError: no kernel"}]
 
     def test_time_limit(self, finetune, tmp_path):
@@ -605,6 +691,10 @@ class TestFinetune:
         with pytest.raises(SystemExit):
             finetune.parse_arguments(["--rounds", "0"])
         assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
+        for text in ("16:384", "16:0:128", "a:b:c"):
+            with pytest.raises(SystemExit):
+                finetune.parse_arguments(["--select-merge", text])
+            assert "--select-merge must be REGION:TOP_K:MERGE, three positive integers" in capsys.readouterr().err
 
 
 class TestPlot:
@@ -709,8 +799,8 @@ class TestPlot:
         page = tmp_path / "performance.md"
         assert plot.main([str(path), "--page", str(page)]) == 0
         text = page.read_text()
-        assert "| 8,192 | 1 | 10% | 2 | 2.00 |" in text
-        assert "| 1,048,576 | 200 | 10% | - | - |" in text
+        assert "| 8,192 | 1 | 10.0% | 2 | 2.00 |" in text
+        assert "| 1,048,576 | 200 | 10.0% | - | - |" in text
         assert "| training | 32 heads, d 128, bf16, 32,768 keys | fa3 | 20 ms | 50 ms | 2.50 |" in text
         assert "| fa3 at 8,192 x 16384 | 200 ms | 2 ms x 16384 | 163.8 |" in text
         assert (tmp_path / "images" / "h100-select_merge.png").is_file()
@@ -760,7 +850,7 @@ class TestGpuSession:
         assert status == 1
         assert stages["sanitizer"]["detail"] == "compute-sanitizer was not found"
 
-    @pytest.mark.parametrize("stage", ["forward", "backward", "decode", "select_merge"])
+    @pytest.mark.parametrize("stage", ["forward", "backward", "varlen", "decode", "select_merge"])
     def test_benchmark_stage(self, monkeypatch, tmp_path, stage):
         run = []
         monkeypatch.setattr(gpu_session, "run_limited", lambda command, *_: run.append(list(map(str, command))) or 0)

@@ -71,10 +71,14 @@ void test_every_head_dim(FindPlan find_plan, KernelChoice choice, int compute_ca
   CHECK(refuses(find_plan, {1, 16, 16, 1, 1, 257}, compute_capability), "head_dim 257");
 }
 
-// Blocks of 256 bytes within the memory, none over another; less than three float32 tensors of dQ's shape.
-void test_workspace(const AttentionShape& shape, bool rotated, bool deterministic) {
+// Blocks of 256 bytes within the memory, none over another; less than three float32 tensors of dQ's shape, and of
+// packed sequences two 16-bit ones more. With total_q 0 a plain batch.
+void test_workspace(const AttentionShape& shape, int total_q, bool rotated, bool deterministic) {
   BackwardParams params{};
   params.forward.shape = shape;
+  const int offsets[] = {0, 0};
+  if (total_q > 0) params.forward.cu_seqlens_q = params.forward.cu_seqlens_k = offsets;
+  params.forward.total_q = params.forward.total_k = total_q;
   params.forward.geometry = {3072, 512};
   params.forward.q_rotated = rotated;
   params.forward.k_rotated = rotated;
@@ -82,8 +86,9 @@ void test_workspace(const AttentionShape& shape, bool rotated, bool deterministi
   params.dq = &params.dq;
   size_t bytes = 0;
   chunkattn::cuda::backward_workspace(params, deterministic, nullptr, &bytes);
-  const double query_bytes = 4.0 * shape.batch * shape.seqlen_q * shape.heads * shape.head_dim;
-  CHECK(bytes < 3 * query_bytes, "bytes ", bytes, " of ", query_bytes);
+  const int64_t queries = total_q > 0 ? total_q : int64_t{1} * shape.batch * shape.seqlen_q;
+  const double query_bytes = 4.0 * queries * shape.heads * shape.head_dim;
+  CHECK(bytes < (total_q > 0 ? 4.1 : 3) * query_bytes, "bytes ", bytes, " of ", query_bytes);
 
   constexpr uintptr_t kMemory = 1 << 20;
   size_t again = 0;
@@ -97,26 +102,34 @@ void test_workspace(const AttentionShape& shape, bool rotated, bool deterministi
   const auto add = [&](const void* piece, size_t size) {
     pieces.push_back({reinterpret_cast<uintptr_t>(piece), size});
   };
-  const size_t planes = size_t{1} * shape.batch * shape.heads;
+  const size_t planes = params.forward.planes();
   const size_t row = planes * shape.head_dim;
   for (const RegimeQueries& regime : workspace.regimes) {
     add(regime.dq, 4 * planes * GradientPieces{regime.rows, shape.head_dim}.plane());
     if (&regime != workspace.regimes) add(regime.q, 2 * row * regime.rows);
   }
-  add(workspace.delta, size_t{4} * shape.batch * shape.heads * shape.seqlen_q);
-  const size_t zeroed = kMemory + workspace.zeroed_bytes;
+  add(workspace.delta, size_t{4} * shape.heads * queries);
   for (const RegimeQueries& regime : workspace.regimes) {
     const GradientPieces in_pieces{regime.rows, shape.head_dim};
     CHECK(in_pieces.plane() >= int64_t{1} * regime.rows * shape.head_dim, "rows ", regime.rows);
-    CHECK(reinterpret_cast<uintptr_t>(regime.dq + row * regime.rows) <= zeroed, "rows ", regime.rows);
+    const bool any = &regime == workspace.regimes || shape.seqlen_k > params.forward.geometry.chunk_size;
+    if (total_q > 0) CHECK(regime.rows == (any ? total_q : 0), "rows ", regime.rows);
   }
+  const auto is_zeroed = [&](const void* piece, size_t size) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(piece), zeroed = reinterpret_cast<uintptr_t>(workspace.zeroed);
+    return begin >= zeroed && begin + size <= zeroed + workspace.zeroed_bytes;
+  };
+  const RegimeQueries& succ = workspace.regimes[1];
+  if (total_q == 0) CHECK(is_zeroed(succ.q, 2 * row * succ.rows), "rows ", succ.rows);
   if (deterministic) {
     const chunkattn::QueryTiling tiling{params.forward.geometry, params.forward.first_position(), shape.seqlen_k,
                                         chunkattn::cuda::kBackwardSmallestTileM};
-    const size_t turns = size_t{4} * shape.batch * shape.heads * tiling.count();
+    CHECK(workspace.turns_per_plane >= tiling.count(), "turns ", workspace.turns_per_plane);
+    const size_t turns = 4 * planes * workspace.turns_per_plane;
     add(workspace.turns, turns);
-    CHECK(reinterpret_cast<uintptr_t>(workspace.turns) + turns <= zeroed, "turns ", turns);
+    CHECK(is_zeroed(workspace.turns, turns), "turns ", turns);
   }
+  if (total_q > 0) add(workspace.sequence_tiles, (shape.batch + 1) * sizeof(chunkattn::SequenceTiles));
   std::sort(pieces.begin(), pieces.end());
   uintptr_t end = kMemory;
   for (const auto& [begin, size] : pieces) {
@@ -134,7 +147,8 @@ void test_workspaces() {
                                           {2, 16384, 16384, 16, 4, 256},
                                           {1, 32768, 32768, 32, 8, 64},
                                           {1, 2560, 2560, 2, 2, 128}}) {
-        test_workspace(shape, rotated, deterministic);
+        test_workspace(shape, 0, rotated, deterministic);
+        test_workspace(shape, 40000, rotated, deterministic);
       }
     }
   }

@@ -14,16 +14,19 @@
 namespace {
 
 using chunkattn::BackwardParams;
+using chunkattn::BackwardWorkspace;
 using chunkattn::ChunkGeometry;
 using chunkattn::ForwardParams;
+using chunkattn::packed_regime_rows;
 using chunkattn::QueryTile;
 using chunkattn::QueryTiling;
 using chunkattn::Regime;
 using chunkattn::regime_rows;
 using chunkattn::RegimeRows;
+using chunkattn::cuda::AttendingQueries;
 using chunkattn::cuda::AttendingTile;
-using chunkattn::cuda::key_tile_item;
-using chunkattn::cuda::KeyTileItem;
+using chunkattn::cuda::ChunkKeyTile;
+using chunkattn::cuda::describe_key_tile;
 using chunkattn::cuda::make_key_tile_schedule;
 using chunkattn::cuda::QueryTileWalk;
 using chunkattn::cuda::TileSchedule;
@@ -33,6 +36,8 @@ struct Problem {
   QueryTiling queries;
   QueryTiling keys;
   RegimeRows rows;
+  int first_position;  // of the queries
+  int first_row;       // of q, where that query lies
 };
 
 // The pairs of two tiles have one rotation of Q, that of the tiles' regime, and a causal mask hides the others.
@@ -62,6 +67,8 @@ void test_tile(const Problem& problem, const AttendingTile& tile, int index, int
   const int row = problem.rows.row(tile.regime, tile.begin);
   CHECK(tile.row == row, "s ", g.chunk_size, " w ", g.local_size, " key ", key_begin, " query ", tile.begin, " row ",
         tile.row, " expected ", row);
+  CHECK(tile.query == tile.begin - problem.first_position + problem.first_row, "key ", key_begin, " query ", tile.begin,
+        " has row ", tile.query);
 }
 
 // Every causal pair is met once. A query tile meets its key tiles one after the other, from the first on: that is the
@@ -74,7 +81,7 @@ void test_walks(const Problem& problem) {
     QueryTileWalk walk(problem.queries, problem.rows, keys.begin);
     int index = problem.queries.index_of(keys.begin);
     for (; !walk.done(problem.queries); walk.advance(problem.queries, problem.rows), ++index) {
-      const AttendingTile tile = walk.tile(problem.queries);
+      const AttendingTile tile = walk.tile(problem.queries, problem.rows);
       test_tile(problem, tile, index, keys.begin);
       test_pairs(problem, tile, keys, seen);
       CHECK(turns[index]++ == n, "query tile ", index, " key tile ", n);
@@ -94,7 +101,9 @@ void test_small_sizes() {
         for (int begin : {0, end / 2, end - 1}) {
           for (int size_m : {1, 2, 3, 8}) {
             for (int size_n : {1, 3, 4}) {
-              test_walks({g, {g, begin, end, size_m}, {g, 0, end, size_n}, regime_rows(g, begin, 8)});
+              const QueryTiling queries{g, begin, end, size_m}, keys{g, 0, end, size_n};
+              test_walks({g, queries, keys, regime_rows(g, begin, 8), begin, 0});
+              test_walks({g, queries, keys, packed_regime_rows(g, begin - 17, 8), begin, 17});
             }
           }
         }
@@ -106,8 +115,8 @@ void test_small_sizes() {
 void test_kernel_sizes() {
   const ChunkGeometry g{300, 37};
   for (int begin : {0, 200, 700}) {
-    test_walks({g, {g, begin, 800, 64}, {g, 0, 800, 128}, regime_rows(g, begin, 128)});
-    test_walks({g, {g, begin, 800, 128}, {g, 0, 800, 64}, regime_rows(g, begin, 128)});
+    test_walks({g, {g, begin, 800, 64}, {g, 0, 800, 128}, regime_rows(g, begin, 128), begin, 0});
+    test_walks({g, {g, begin, 800, 128}, {g, 0, 800, 64}, regime_rows(g, begin, 128), begin, 0});
   }
 }
 
@@ -116,14 +125,21 @@ void test_schedule(int batch, int kv_heads, int seqlen, bool in_turns) {
   BackwardParams params{};
   params.forward.shape = {batch, seqlen, seqlen, 4 * kv_heads, kv_heads, 128};
   params.forward.geometry = {3072, 512};
-  const TileSchedule schedule = make_key_tile_schedule(params, 128, in_turns);
+  int turns = 0;
+  BackwardWorkspace workspace{};
+  workspace.turns = in_turns ? &turns : nullptr;
+  const TileSchedule schedule = make_key_tile_schedule(params, workspace, 128);
   std::vector<int> next(batch * kv_heads, 0);
+  ChunkKeyTile own;
+  AttendingQueries queries;
   for (int index = 0; index < schedule.count(); ++index) {
-    const KeyTileItem item = key_tile_item(schedule, index);
-    CHECK(item.tile == next[item.plane], "index ", index, " tile ", item.tile);
-    next[item.plane] = item.tile + 1;
-    if (in_turns) CHECK(item.tile == index / (batch * kv_heads), "index ", index, " tile ", item.tile);
+    CHECK(describe_key_tile(own, queries, params, workspace, schedule, index, 64, 128), "index ", index);
+    int& expected = next[own.batch * kv_heads + own.kv_head];
+    CHECK(own.order == expected, "index ", index, " tile ", own.order);
+    expected = own.order + 1;
+    if (in_turns) CHECK(own.order == index / (batch * kv_heads), "index ", index, " tile ", own.order);
   }
+  CHECK(!describe_key_tile(own, queries, params, workspace, schedule, schedule.count(), 64, 128), "behind the last");
   for (int tiles : next) CHECK(tiles == schedule.tiles, "tiles ", tiles);
 }
 

@@ -86,7 +86,7 @@ void test_problem(const Problem& problem) {
     GroupTileWalk walk(problem.queries, group, from, keys.is_listed(tile) ? Regime::kInter : Regime::kIntra);
     CHECK(!walk.done(problem.queries), "group ", tile.group, " within ", tile.within);
     for (; !walk.done(problem.queries); walk.advance(problem.queries, {})) {
-      const AttendingTile queries = walk.tile(problem.queries);
+      const AttendingTile queries = walk.tile(problem.queries, chunkattn::RegimeRows{});
       const QueryTile expected = problem.queries.tile(queries.index);
       CHECK(queries.begin == expected.begin && queries.begin + queries.count == expected.end, "query tile ",
             queries.index, " begins ", queries.begin);

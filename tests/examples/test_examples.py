@@ -20,11 +20,15 @@ import byte_model  # noqa: E402
 import corpus  # noqa: E402
 import extend_context  # noqa: E402
 import finetune_dca  # noqa: E402
+import finetune_select_merge  # noqa: E402
+import finetuning  # noqa: E402
+import passkey  # noqa: E402
 import serve  # noqa: E402
 import train_byte_llama  # noqa: E402
 from next_token_loss import next_token_loss  # noqa: E402
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+import chunkattn  # noqa: E402
 from chunkattn.integrations.transformers import enable_dca  # noqa: E402
 
 
@@ -316,18 +320,18 @@ def test_next_token_loss_is_that_of_all_logits(tiny_checkpoint, tokens_per_block
 
 def test_windows_are_drawn_from_all_of_every_document():
     documents = [torch.arange(begin, begin + 12, dtype=torch.uint8) for begin in (0, 100)]
-    windows = finetune_dca.Windows(documents, 10, seed=0)
+    windows = finetuning.Windows(documents, 10, seed=0)
     drawn = {tuple(windows.draw("cpu")[0].tolist()) for _ in range(64)}
     assert drawn == {tuple(range(start, start + 11)) for start in (0, 1, 100, 101)}
 
 
 def test_held_out_windows_of_every_length_end_alike():
     documents = [torch.arange(3000) % 251, torch.arange(2000) % 249]
-    text = finetune_dca.hold_out(documents, None, [512, 1024], 4)
+    text = finetuning.hold_out(documents, None, [512, 1024], 4)
     assert text.windows.shape == (4, 1024)
     scored = {tuple(window[-byte_model.SCORED_BYTES :].tolist()) for window in text.windows}
     assert len(scored) == 4
-    assert len(finetune_dca.hold_out(documents, None, [512, 1024], 1000).windows) == 8 + 4
+    assert len(finetuning.hold_out(documents, None, [512, 1024], 1000).windows) == 8 + 4
 
 
 @pytest.mark.parametrize(
@@ -340,7 +344,7 @@ def test_held_out_windows_of_every_length_end_alike():
     ],
 )
 def test_finetuning_is_scored_from_the_trained_length_on(trained_length, length, longest, lengths):
-    assert finetune_dca.evaluation_lengths(trained_length, length, longest) == lengths
+    assert finetuning.evaluation_lengths(trained_length, length, longest) == lengths
 
 
 @pytest.mark.parametrize(
@@ -396,6 +400,120 @@ def test_finetuning_on_a_gpu_takes_no_float32(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         finetune_dca.parse_arguments(["--dtype", "float32"])
     assert "--dtype must be bfloat16 on a GPU" in capsys.readouterr().err
+
+
+def finetune_select_merge_quickly(tmp_path, *arguments):
+    """Runs a short fine-tuning and returns its report."""
+    table = tmp_path / "finetune.json"
+    quick = ["--length", "1024", "--steps", "8", "--batch", "1", "--samples", "2", "--top-k", "4", "--merge", "4"]
+    files = ["--plot", str(tmp_path / "finetune.png"), "--json", str(table)]
+    finetune_select_merge.main([*quick, *files, "--device", "cpu", "--learning-rate", "0.01", *arguments])
+    assert (tmp_path / "finetune.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads(table.read_text())
+
+
+def test_finetuning_with_select_and_merge(tiny_checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    draws = []
+    draw = chunkattn.CRDNTK.draw
+
+    def record(rule, step, length, generator):
+        draws.append(draw(rule, step, length, generator))
+        return draws[-1]
+
+    monkeypatch.setattr(chunkattn.CRDNTK, "draw", record)
+    text = tmp_path / "text.txt"
+    text.write_bytes(source_lines("value", 1000))
+    report = finetune_select_merge_quickly(tmp_path, "--model", str(tiny_checkpoint), "--text", str(text))
+    assert report["lengths"] == [512, 1024, 2048]
+    assert report["trained_parameters"] == 4 * 8 * (64 + 64), "adapters of rank 8"
+    assert report["ntk_scale"] == 4, "twice 1024 tokens of a model trained on 512"
+    before, after = (report["bits_per_byte"][when] for when in ("before", "after"))
+    assert all(new < old for old, new in zip(before, after, strict=True))
+    assert len({draw.offset for draw in draws}) == 8, "a draw for each step"
+    assert all(2 * 512 + 1024 <= draw.cycle < 2 * 512 + 1024 + 4 * 512 for draw in draws)
+
+
+def test_finetuning_of_weights_at_true_positions(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunkattn.CRDNTK, "draw", lambda *_: pytest.fail("positions were drawn"))
+    text = tmp_path / "text.txt"
+    text.write_bytes(source_lines("value", 1000))
+    arguments = ["--model", str(tiny_checkpoint), "--text", str(text), "--full", "--no-crd-ntk", "--ntk-scale", "2"]
+    report = finetune_select_merge_quickly(tmp_path, *arguments)
+    model = byte_model.load(tiny_checkpoint, torch.float32, "cpu")
+    assert (report["trained_parameters"], report["ntk_scale"]) == (model.num_parameters(), 2)
+    assert report["loss_bits_per_token"][-1] < report["loss_bits_per_token"][0]
+
+
+def test_finetuning_of_a_shape_with_random_weights(site_packages, tmp_path):
+    pytest.importorskip("peft")
+    (site_packages / "module.py").write_bytes(source_lines("value", 3000))
+    report = finetune_select_merge_quickly(tmp_path, "--shape", "tiny", "--gradient-checkpointing")
+    assert report["trained_parameters"] == 2 * 8 * (2 * (64 + 64) + 2 * (64 + 32))
+    assert report["loss_bits_per_token"][0] == pytest.approx(math.log2(512), rel=0.1)
+
+
+def test_the_papers_shape_has_the_papers_lengths():
+    args = finetune_select_merge.parse_arguments(["--shape", "llama2-7b"])
+    sizes = {"length": 32768, "region_size": 16, "top_k": 384, "merge": 128, "lora": 8, "gradient_checkpointing": True}
+    assert {name: getattr(args, name) for name in sizes} == sizes
+    assert finetune_select_merge.parse_arguments(["--shape", "llama2-7b", "--length", "16384"]).length == 16384
+
+
+def test_passkey_texts():
+    generator = torch.Generator().manual_seed(0)
+    for depth in (0.0, 0.5, 1.0, None):
+        texts = passkey.make_texts(4, depth, 100, generator)
+        assert texts.shape == (4, 100)
+        for text in texts.tolist():
+            words = " ".join(passkey.WORDS[token] for token in text)
+            key = " ".join(words.split()[-passkey.DIGITS :])
+            statement = passkey.STATEMENT.replace("{key}", key)
+            filler, question = words.split(statement)
+            assert question.endswith(f"{passkey.QUESTION} {key}")
+            if depth is not None:
+                # Of 100 tokens the statement has 23 and the question, with the key, 15.
+                assert len(filler.split()) == round(62 * depth)
+    assert len(passkey.WORDS) == len(set(passkey.WORDS)) == 33
+
+
+def test_passkey(tmp_path, capsys):
+    table, plot = tmp_path / "passkey.json", tmp_path / "passkey.png"
+    quick = ["--device", "cpu", "--length", "96", "--steps", "3", "--lengths", "96", "200", "--depths", "3"]
+    passkey.main([*quick, "--samples", "2", "--plot", str(plot), "--json", str(table)])
+    report = json.loads(table.read_text())
+    assert (report["steps"], report["lengths"], report["depths"]) == (3, [96, 200], [0, 0.5, 1])
+    assert [len(row) for row in report["accuracy"]] == [3, 3]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "Passkeys found" in capsys.readouterr().out
+
+
+def test_passkey_asks_the_model_that_was_trained(monkeypatch):
+    """generate() answers in the evaluation: a model that knows the answers finds all, one that does not none."""
+    args = passkey.parse_arguments(["--device", "cpu", "--lengths", "60", "--samples", "3"])
+    model = passkey.make_model(96, "cpu")
+    depths = [0.0, 1.0]
+    assert passkey.evaluate(model, args, depths) == [[0.0, 0.0]]
+    texts = []
+    make_texts = passkey.make_texts
+    monkeypatch.setattr(passkey, "make_texts", lambda *given: texts.append(make_texts(*given)) or texts[-1])
+    monkeypatch.setattr(model, "generate", lambda prompts, **options: texts[-1])
+    assert passkey.evaluate(model, args, depths) == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length", "40"], "--length must be at least 48, got 40"),
+        (["--lengths", "30"], "--lengths must be at least 38, got 30"),
+        (["--depths", "1"], "--depths must be at least 2, got 1"),
+        (["--plot", "nowhere/plot.png"], "there is no folder nowhere"),
+    ],
+)
+def test_passkey_checks_options(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        passkey.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
 
 
 def run_serve(folder, tmp_path, *arguments):

@@ -1,92 +1,34 @@
-"""enable_dca and disable_dca on tiny random models of every supported family.
-
-The models run in float64, but transformers computes norms and rotary angles in float32 whatever the model's dtype, so
-results agree to float32 rounding: measured 2e-6 on logits and activations of order 1 to 10. A wrong rotary row is
-off by 0.1.
-"""
+"""enable_dca and disable_dca on tiny random models of every supported family."""
 
 import copy
 import math
 
 import pytest
 import torch
-from cases import skip_without_kernels
-from torch._dynamo.testing import CompileCounterWithBackend
+from tiny_models import (
+    CHUNK,
+    DYNAMIC_ROPES,
+    FAMILIES,
+    LENGTH,
+    LOCAL,
+    ROPES,
+    STRIDE,
+    VOCAB,
+    attention_of_layers,
+    calls_of,
+    close,
+    logits,
+    loss_and_gradients,
+    make_model,
+    make_tokens,
+    padded,
+)
 
 import chunkattn
 from chunkattn import reference
+from chunkattn.integrations.transformers import ATTN_IMPLEMENTATION, LengthTemperature, disable_dca, enable_dca
 
-transformers = pytest.importorskip("transformers", minversion="5.0")
-integration = pytest.importorskip("chunkattn.integrations.transformers")
-enable_dca, disable_dca = integration.enable_dca, integration.disable_dca
-LengthTemperature = integration.LengthTemperature
-
-ATOL = 1e-5
-VOCAB = 61
-CHUNK, LOCAL = 12, 4
-STRIDE = CHUNK - LOCAL
-LENGTH = 37  # four chunk boundaries, none of them at the end
-
-# transformers' fused experts have no float64.
-MOE = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "experts_implementation": "eager",
-}
-FAMILIES = {
-    "Llama": {},
-    "Mistral": {"sliding_window": None},
-    "Mixtral": {"sliding_window": None, **MOE},
-    "Qwen2": {},
-    "Qwen2Moe": {"shared_expert_intermediate_size": 32, **MOE},
-    "Qwen3": {"head_dim": 32},
-    "Qwen3Moe": {"head_dim": 32, **MOE},
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def make_model(family="Llama", dtype=torch.float64, head="ForCausalLM", **options):
-    options = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 96,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 16,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        **FAMILIES[family],
-        **options,
-    }
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**options)
-    return getattr(transformers, f"{family}{head}")(config).to(dtype).eval()
-
-
-def make_tokens(batch=2, length=LENGTH, seed=1):
-    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, tokens, **kwargs):
-    return model(tokens, **kwargs).logits
-
-
-def close(actual, expected, atol=ATOL):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+transformers = pytest.importorskip("transformers")
 
 
 def oracle_table(rotary):
@@ -96,47 +38,12 @@ def oracle_table(rotary):
 
 def check_layers_against_oracle(model, tokens, temperature=None, **settings):
     """Each layer's attention equals the reference on that layer's own queries and keys, taken before rotation."""
-    seen = {}
-    handles = []
-    for index, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
-        for name in ("q", "k", "v"):
-            source = getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
-            handles.append(
-                source.register_forward_hook(lambda _, __, out, key=(index, name): seen.__setitem__(key, out))
-            )
-        handles.append(
-            attention.o_proj.register_forward_pre_hook(
-                lambda _, args, key=(index, "out"): seen.__setitem__(key, args[0])
-            )
-        )
-    logits(model, tokens)
-    for handle in handles:
-        handle.remove()
     rotary = model.model.rotary_emb
     cos, sin = oracle_table(rotary)
-    for index, layer in enumerate(model.model.layers):
-        head_dim = layer.self_attn.head_dim
-        q, k, v = (seen[index, name].view(*tokens.shape, -1, head_dim) for name in ("q", "k", "v"))
-        expected = reference.dca(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            scale=rotary.attention_scaling**2 / math.sqrt(head_dim),
-            temperature=temperature,
-            **settings,
-        )
-        close(seen[index, "out"], expected.flatten(2))
-
-
-@pytest.fixture(scope="module")
-def llama():
-    """An enabled Llama that tests leave as they found it."""
-    model = make_model()
-    enable_dca(model, CHUNK, LOCAL)
-    return model
+    for q, k, v, out in attention_of_layers(model, tokens):
+        scale = rotary.attention_scaling**2 / math.sqrt(q.shape[-1])
+        expected = reference.dca(q, k, v, cos, sin, scale=scale, temperature=temperature, **settings)
+        close(out, expected.flatten(2))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -151,19 +58,6 @@ def test_layers_match_reference_for_any_local_size(local_size):
     model = make_model()
     enable_dca(model, CHUNK, local_size)
     check_layers_against_oracle(model, make_tokens(), chunk_size=CHUNK, local_size=local_size)
-
-
-ROPES = {
-    "linear": {"rope_type": "linear", "factor": 4.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-}
 
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
@@ -221,51 +115,6 @@ def test_enable_again_replaces_settings_and_disable_is_idempotent():
     assert torch.equal(logits(model, tokens), plain)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cached_steps_equal_one_forward(family):
-    model = make_model(family)
-    enable_dca(model, CHUNK, LOCAL)
-    tokens = make_tokens()
-    expected = logits(model, tokens)
-    cache = transformers.DynamicCache(config=model.config)
-    pieces = torch.split(tokens, [STRIDE - 1, 1, 1, 1, 11, 1, 1, CHUNK, 1, 1], dim=1)
-    assert sum(piece.shape[1] for piece in pieces) == LENGTH
-    steps = [logits(model, piece, past_key_values=cache) for piece in pieces]
-    close(torch.cat(steps, dim=1), expected)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}, {"use_cache": False}],
-    ids=["dynamic", "static", "chunked-prefill", "no-cache"],
-)
-def test_greedy_generation_equals_argmax_of_one_forward(llama, options):
-    prompt = make_tokens(length=STRIDE - 3)
-    sequences = llama.generate(prompt, max_new_tokens=2 * STRIDE + 5, do_sample=False, **options)
-    predicted = logits(llama, sequences[:, :-1]).argmax(dim=-1)
-    assert torch.equal(predicted[:, prompt.shape[1] - 1 :], sequences[:, prompt.shape[1] :])
-
-
-def test_beam_search_reorders_the_cache(llama):
-    prompt = make_tokens(length=STRIDE - 3)
-    options = {"max_new_tokens": STRIDE + 5, "do_sample": False, "num_beams": 3}
-    cached, recomputed = (llama.generate(prompt, use_cache=use_cache, **options) for use_cache in (True, False))
-    assert torch.equal(cached, recomputed)
-
-
-def padded(side):
-    """Tokens [3, LENGTH] and a mask whose rows hold 37, 25 and 6 real tokens."""
-    tokens, mask = make_tokens(3), torch.ones(3, LENGTH, dtype=torch.long)
-    for row, count in ((1, 25), (2, 6)):
-        if side == "left":
-            mask[row, : LENGTH - count] = 0
-        elif side == "right":
-            mask[row, count:] = 0
-        else:
-            mask[row, torch.randperm(LENGTH, generator=torch.Generator().manual_seed(row))[count:]] = 0
-    return tokens * mask, mask
-
-
 @pytest.mark.parametrize("positions", [None, "real tokens", "slots"])
 @pytest.mark.parametrize("side", ["left", "right", "scattered"])
 def test_padded_batch_equals_unpadded_rows(llama, side, positions):
@@ -280,34 +129,6 @@ def test_padded_batch_equals_unpadded_rows(llama, side, positions):
     for row in range(3):
         real = mask[row].bool()
         close(batched[row, real], logits(llama, tokens[row, real][None])[0])
-
-
-@pytest.mark.parametrize("side", ["left", "right", "scattered"])
-def test_padded_batch_with_cache_equals_unpadded_rows(llama, side):
-    tokens, mask = padded(side)
-    cache = transformers.DynamicCache(config=llama.config)
-    steps, seen = [], 0
-    for piece in torch.split(tokens, [20, 1, 10, *[1] * 6], dim=1):
-        seen += piece.shape[1]
-        steps.append(logits(llama, piece, attention_mask=mask[:, :seen], past_key_values=cache))
-    batched = torch.cat(steps, dim=1)
-    assert batched.isfinite().all()
-    for row in range(3):
-        real = mask[row].bool()
-        close(batched[row, real], logits(llama, tokens[row, real][None])[0])
-
-
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])  # generate() prepares masks differently for these two
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_left_padded_generation_equals_unpadded_rows(family, cache):
-    model = make_model(family)
-    enable_dca(model, CHUNK, LOCAL)
-    tokens, mask = padded("left")
-    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache}
-    batched = model.generate(tokens, attention_mask=mask, **options)
-    for row in range(3):
-        alone = model.generate(tokens[row, mask[row].bool()][None], **options)
-        assert torch.equal(batched[row, LENGTH:], alone[0, -5:])
 
 
 def test_rows_without_real_tokens_and_masks_without_padding(llama):
@@ -331,18 +152,6 @@ def test_embeddings_and_positional_arguments(llama):
         assert torch.equal(llama.lm_head(hidden), expected)
 
 
-def spy_on_dca(monkeypatch):
-    calls = []
-    original = chunkattn.dca
-
-    def record(*args, **kwargs):
-        calls.append(kwargs)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(chunkattn, "dca", record)
-    return calls
-
-
 @pytest.mark.parametrize(
     ("options", "chunk_size", "local_size"),
     [
@@ -357,7 +166,7 @@ def spy_on_dca(monkeypatch):
 def test_defaults_follow_the_trained_length(monkeypatch, options, chunk_size, local_size):
     model = make_model("Qwen3", **options)
     enable_dca(model)
-    calls = spy_on_dca(monkeypatch)
+    calls = calls_of(monkeypatch, "dca")
     logits(model, make_tokens(length=4))
     assert calls
     for call in calls:
@@ -374,7 +183,7 @@ def test_dual_chunk_attention_config_is_honoured(monkeypatch):
     temperature = (0.1 * math.log(LENGTH / 10) + 1) ** 2
     check_layers_against_oracle(model, tokens, temperature, chunk_size=CHUNK, local_size=LOCAL)
 
-    calls = spy_on_dca(monkeypatch)
+    calls = calls_of(monkeypatch, "dca")
     logits(model, tokens[:, :10])
     assert calls[-1]["temperature"] == 1
     enable_dca(model, 9, temperature=2.0)
@@ -385,13 +194,13 @@ def test_dual_chunk_attention_config_is_honoured(monkeypatch):
 def test_config_without_original_length_has_no_temperature(monkeypatch):
     model = make_model("Qwen2", dual_chunk_attention_config={"chunk_size": CHUNK, "local_size": LOCAL})
     enable_dca(model)
-    calls = spy_on_dca(monkeypatch)
+    calls = calls_of(monkeypatch, "dca")
     logits(model, make_tokens())
     assert calls[-1]["temperature"] == 1
 
 
 def test_length_temperature():
-    rule = integration.LengthTemperature(1000)
+    rule = LengthTemperature(1000)
     assert rule(0) == rule(1) == rule(1000) == 1
     assert rule(8000) == pytest.approx((0.1 * math.log(8) + 1) ** 2)
     lengths = [1, 1000, 1001, 8000, 10**6]
@@ -401,7 +210,7 @@ def test_length_temperature():
 
 def test_temperature_follows_each_sequences_own_length():
     model = make_model()
-    enable_dca(model, CHUNK, LOCAL, temperature=integration.LengthTemperature(10))
+    enable_dca(model, CHUNK, LOCAL, temperature=LengthTemperature(10))
     tokens, mask = padded("left")
     batched = logits(model, tokens, attention_mask=mask)
     cache = transformers.DynamicCache(config=model.config)
@@ -410,13 +219,6 @@ def test_temperature_follows_each_sequences_own_length():
     for row in range(3):
         real = mask[row].bool()
         close(batched[row, real], logits(model, tokens[row, real][None])[0])
-
-
-def loss_and_gradients(model, tokens):
-    model.zero_grad()
-    loss = model(tokens, labels=tokens).loss
-    loss.backward()
-    return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
 
 
 def test_gradients():
@@ -559,18 +361,6 @@ def test_unsupported_module():
         enable_dca(torch.nn.Linear(2, 2))
 
 
-DYNAMIC_ROPES = {
-    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
-    "longrope": {
-        "rope_type": "longrope",
-        "factor": 2.0,
-        "short_factor": [1.0] * 8,
-        "long_factor": [2.0] * 8,
-        "original_max_position_embeddings": 16,
-    },
-}
-
-
 @pytest.mark.parametrize(
     ("family", "options", "settings", "message"),
     [
@@ -630,12 +420,6 @@ def test_unsupported_calls(llama, call, message):
         logits(llama, make_tokens(), **call)
 
 
-def test_right_padded_generation_is_refused(llama):
-    tokens, mask = padded("right")
-    with pytest.raises(ValueError, match="position_ids must count"):
-        llama.generate(tokens, attention_mask=mask, max_new_tokens=2)
-
-
 def test_attention_dropout_is_refused_in_training():
     model = make_model(attention_dropout=0.1)
     tokens = make_tokens()
@@ -659,7 +443,7 @@ def test_attention_implementation_changed_while_enabled():
 
 def test_attention_implementation_set_by_hand():
     model = make_model()
-    model.set_attn_implementation(integration.ATTN_IMPLEMENTATION)
+    model.set_attn_implementation(ATTN_IMPLEMENTATION)
     with pytest.raises(ValueError, match=r"needs enable_dca\(model\)"):
         logits(model, make_tokens())
 
@@ -676,113 +460,3 @@ def test_config_shared_with_an_enabled_model():
         logits(sharing, tokens)
     disable_dca(model)
     assert torch.equal(logits(sharing, tokens), plain)
-
-
-def test_cache_that_drops_keys_is_refused(llama):
-    config = copy.deepcopy(llama.config)
-    config.sliding_window = 8
-    cache = transformers.DynamicCache(config=config)
-    tokens = make_tokens()
-    logits(llama, tokens[:, :10], past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values must keep every key, got 8 keys for 11 tokens"):
-        logits(llama, tokens[:, 10:11], past_key_values=cache)
-
-
-def calls_of(monkeypatch, name):
-    """The keyword arguments of every call of chunkattn's function `name` from now on."""
-    calls, function = [], getattr(chunkattn, name)
-
-    def spy(*args, **kwargs):
-        calls.append(kwargs)
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(chunkattn, name, spy)
-    return calls
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_decodes_over_the_cache(llama, monkeypatch, cache):
-    layers = llama.config.num_hidden_layers
-    prefill, decode = (calls_of(monkeypatch, name) for name in ("dca", "dca_with_kvcache"))
-    llama.generate(make_tokens(), max_new_tokens=4, do_sample=False, cache_implementation=cache)
-    assert len(prefill) == layers
-    assert len(decode) == 3 * layers
-    if cache == "static":  # the length stays on the device
-        assert [call["cache_seqlens"].tolist() for call in decode[::layers]] == [[LENGTH + n] * 2 for n in (1, 2, 3)]
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_without_kernels_for_decoding(llama, monkeypatch, cache):
-    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
-    expected = llama.generate(make_tokens(), **options)
-    monkeypatch.setattr(integration, "has_kernels", lambda operator, device: operator != "dca_with_kvcache")
-    prefill, decode = (calls_of(monkeypatch, name) for name in ("dca", "dca_with_kvcache"))
-    assert torch.equal(llama.generate(make_tokens(), **options), expected)
-    assert len(prefill) == 4 * llama.config.num_hidden_layers
-    assert not decode
-
-
-def static_steps(model, step, tokens, prompt):
-    """Logits of tokens read through a static cache, those after the prompt one by one by `step`."""
-    cache = transformers.StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 5)
-    pieces = [logits(model, tokens[:, :prompt], past_key_values=cache)]
-    with torch.no_grad():
-        for n in range(prompt, tokens.shape[1]):
-            # The next replay of a CUDA graph overwrites what this one returned.
-            pieces.append(step(tokens[:, n : n + 1], past_key_values=cache).logits.clone())
-    return torch.cat(pieces, dim=1)
-
-
-@pytest.mark.parametrize("prompt", [1, STRIDE - 1, 20])
-def test_static_cache_step_by_step_equals_one_forward(llama, prompt):
-    tokens = make_tokens()
-    close(static_steps(llama, llama, tokens, prompt), logits(llama, tokens))
-
-
-def test_a_static_cache_is_used_without_waiting_for_its_length(llama, monkeypatch):
-    tokens = make_tokens()
-    cache = transformers.StaticCache(config=llama.config, max_cache_len=LENGTH)
-    logits(llama, tokens[:, :-1], past_key_values=cache)
-    with monkeypatch.context() as patch:
-        for name in ("item", "__int__", "__bool__", "tolist", "__index__"):
-            patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the host waited for the device"))
-        last = logits(llama, tokens[:, -1:], past_key_values=cache)
-    close(last, logits(llama, tokens)[:, -1:])
-
-
-def test_static_cache_and_a_temperature_of_the_length():
-    # Each step has the temperature of its own length, whichever cache it reads and wherever the length is known.
-    model = make_model()
-    tokens = make_tokens()
-    enable_dca(model, CHUNK, LOCAL, temperature=LengthTemperature(8))
-    cache = transformers.DynamicCache(config=model.config)
-    pieces = torch.split(tokens, [20, *[1] * (LENGTH - 20)], dim=1)
-    expected = torch.cat([logits(model, piece, past_key_values=cache) for piece in pieces], dim=1)
-    close(static_steps(model, model, tokens, 20), expected)
-    enable_dca(model, CHUNK, LOCAL, temperature=lambda length: LengthTemperature(8)(length))
-    close(static_steps(model, model, tokens, 20), expected)
-
-
-def test_compiled_decoding_over_a_static_cache(llama):
-    # Compiled once: neither the growing length nor what is in the cache makes another graph.
-    torch.compiler.reset()
-    tokens = make_tokens()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(llama, fullgraph=True, backend=counter)
-    close(static_steps(llama, compiled, tokens, 20), logits(llama, tokens))
-    assert counter.frame_count == 1
-
-
-def test_generation_with_a_compiled_forward_on_cuda(cuda):
-    # generate() compiles with reduce-overhead, CUDA graphs, by itself for a static cache on a GPU.
-    skip_without_kernels(cuda, "dca_with_kvcache")
-    torch.compiler.reset()
-    model = make_model(dtype=torch.bfloat16, head_dim=64).to(cuda)
-    enable_dca(model, CHUNK, LOCAL)
-    tokens = make_tokens().to(cuda)
-    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
-    eager = static_steps(model, model, tokens, 20)
-    torch.testing.assert_close(static_steps(model, compiled, tokens, 20), eager, rtol=0, atol=0.05)
-    options = {"max_new_tokens": 2 * STRIDE, "do_sample": False}
-    sequences = model.generate(tokens, cache_implementation="static", **options)
-    assert sequences.shape == (2, LENGTH + 2 * STRIDE)

@@ -60,8 +60,9 @@ struct BackwardSm80 {
   const BackwardWorkspace& workspace;
   const BackwardVectorPaths& vectorized;
   const Keys& source;
-  uint32_t shared;          // K, V, dO, the stages of Q, P, dS
-  typename Keys::Tile own;  // the keys of this block
+  uint32_t shared;                  // K, V, dO, the stages of Q, P, dS
+  typename Keys::Tile own;          // the keys of this block
+  const AttendingQueries& queries;  // in shared memory
 
   __device__ __forceinline__ KeyShared k_tile() const { return {shared}; }
   __device__ __forceinline__ KeyShared v_tile() const { return {shared + KeyShared::kBytes}; }
@@ -98,8 +99,8 @@ struct BackwardSm80 {
 
   __device__ __forceinline__ void load_out_gradients(int stage, const AttendingTile& tile, int head) const {
     const Strides& strides = params.dout_strides;
-    const T* dout = static_cast<const T*>(params.dout) + own.batch * strides.batch +
-                    (tile.begin - params.forward.first_position()) * strides.seq + head * strides.head;
+    const T* dout =
+        static_cast<const T*>(params.dout) + own.batch * strides.batch + tile.query * strides.seq + head * strides.head;
     copy_rows_async<kThreads>(dout_tile(stage), dout, strides.seq, tile.count, params.forward.shape.head_dim,
                               vectorized.dout);
   }
@@ -108,8 +109,7 @@ struct BackwardSm80 {
   __device__ __forceinline__ void load_statistics(Statistics& lse, Statistics& delta, const AttendingTile& tile,
                                                   int plane) const {
     const int row = LogitGrid::row() + threadIdx.x % 32 / 4;
-    const int64_t first = static_cast<int64_t>(plane) * params.forward.shape.seqlen_q +
-                          (tile.begin - params.forward.first_position()) + row;
+    const int64_t first = static_cast<int64_t>(plane) * params.forward.rows_q() + tile.query + row;
     const float* tile_lse = params.forward.softmax_lse + first;
     const float* tile_delta = workspace.delta + first;
 #pragma unroll
@@ -180,13 +180,14 @@ struct BackwardSm80 {
   // wait in that queue the others multiply. Of eight warps each tensor core has one of either half. Where blocks take
   // turns all add before dK: the next block waits for them.
   __device__ __forceinline__ void multiply_logit_gradients(KeyGradients& dk, int stage, const AttendingTile& tile,
-                                                           int plane, int query_tiles) const {
+                                                           int plane) const {
     constexpr Inner kAlong = Inner::kAlongRows, kDown = Inner::kDownRows;
     const int row = QueryGrid::row(), column = QueryGrid::column();
     QueryGradients dq = {};
     warp_multiply<T, kAlong, kDown, kTileN>(dq, ds_tile(), row, k_tile(), column);
-    int* turn =
-        workspace.turns == nullptr ? nullptr : workspace.turns + static_cast<int64_t>(plane) * query_tiles + tile.index;
+    int* turn = workspace.turns == nullptr ? nullptr
+                                           : workspace.turns + static_cast<int64_t>(plane) * workspace.turns_per_plane +
+                                                 queries.first_turn + tile.index;
     if (turn != nullptr) {
       if (threadIdx.x == 0) wait_for_turn(turn, own.order);
       __syncthreads();
@@ -217,15 +218,15 @@ struct BackwardSm80 {
   __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv) const {
     constexpr Inner kDown = Inner::kDownRows;
     const ForwardParams& forward = params.forward;
-    const QueryTiling tiling{forward.geometry, forward.first_position(), forward.shape.seqlen_k, kTileM};
-    const int query_tiles = workspace.turns == nullptr ? 0 : tiling.count();
+    const QueryTiling& tiling = queries.tiling;
+    const RegimeRows& rows = queries.rows;
     const HeadRange heads = source.heads(forward.shape, own);
     const float scale_log2 = logit_scale(forward, own.batch) * kLog2E;
     const int row = KeyGrid::row(), column = KeyGrid::column();
 
     int head = heads.begin;
-    auto walk = source.walk(params, tiling, workspace.rows, own);
-    AttendingTile next = walk.tile(tiling);
+    auto walk = source.walk(params, tiling, rows, own);
+    AttendingTile next = walk.tile(tiling, rows);
     load_keys();
     load_queries(0, next, head);
     load_out_gradients(0, next, head);
@@ -233,15 +234,15 @@ struct BackwardSm80 {
     int stage = 0;
     for (bool more = true; more;) {
       const AttendingTile tile = next;
-      const int plane = own.batch * forward.shape.heads + head;
+      const int plane = static_cast<int>(forward.plane(own.batch, head));
       Statistics lse, delta;
       load_statistics(lse, delta, tile, plane);
-      walk.advance(tiling, workspace.rows);
+      walk.advance(tiling, rows);
       if (walk.done(tiling)) {
-        walk = source.walk(params, tiling, workspace.rows, own);
+        walk = source.walk(params, tiling, rows, own);
         more = ++head < heads.end;
       }
-      next = walk.tile(tiling);
+      next = walk.tile(tiling, rows);
 
       ptx::cp_async_wait<0>();
       __syncthreads();  // Q and dO are there, and every warp has finished with dS and the Q of the tile before
@@ -257,7 +258,7 @@ struct BackwardSm80 {
         if (more) load_out_gradients(0, next, head);
         ptx::cp_async_commit();
       }
-      multiply_logit_gradients(dk, stage, tile, plane, query_tiles);
+      multiply_logit_gradients(dk, stage, tile, plane);
       if (kQueryStages == 1) {
         __syncthreads();  // every warp has finished with Q
         if (more) load_queries(next_stage, next, head);
@@ -285,15 +286,12 @@ struct BackwardSm80 {
                                              const BackwardVectorPaths& vectorized, const Keys& source,
                                              const TileSchedule& schedule) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
-    const BackwardSm80 self{params,
-                            workspace,
-                            vectorized,
-                            source,
-                            ptx::shared_address(shared_memory),
-                            source.tile(params, key_tile_item(schedule, blockIdx.x), kTileN)};
-    if constexpr (Keys::kInRegions) {
-      if (self.own.keys.begin >= self.own.keys.end) return;
-    }
+    __shared__ typename Keys::Tile own;
+    __shared__ AttendingQueries queries;
+    const bool any =
+        threadIdx.x == 0 && source.describe(own, queries, params, workspace, schedule, blockIdx.x, kTileM, kTileN);
+    if (__syncthreads_or(any) == 0) return;
+    const BackwardSm80 self{params, workspace, vectorized, source, ptx::shared_address(shared_memory), own, queries};
     KeyGradients dk = {}, dv = {};
     self.accumulate(dk, dv);
     self.store_key_gradients(dk, dv, reinterpret_cast<float*>(shared_memory));

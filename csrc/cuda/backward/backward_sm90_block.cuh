@@ -162,7 +162,7 @@ struct BackwardSm90Block {
     for (int head = heads.begin; head < heads.end; ++head) {
       for (auto walk = source.walk(params, tiles, workspace.rows, own); !walk.done(tiles);
            walk.advance(tiles, workspace.rows)) {
-        const AttendingTile tile = walk.tile(tiles);
+        const AttendingTile tile = walk.tile(tiles, workspace.rows);
         ring.wait_empty(control.query_empty);
         uint64_t* full = control.query_full + ring.index;
         ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
@@ -187,7 +187,7 @@ struct BackwardSm90Block {
       const int plane = own.batch * params.forward.shape.heads + head;
       for (auto walk = source.walk(params, tiles, workspace.rows, own); !walk.done(tiles);
            walk.advance(tiles, workspace.rows)) {
-        const AttendingTile tile = walk.tile(tiles);
+        const AttendingTile tile = walk.tile(tiles, workspace.rows);
         const int64_t first = static_cast<int64_t>(plane) * params.forward.shape.seqlen_q + (tile.begin - tiles.begin);
         ring.wait_empty(control.statistics_empty);
         Statistics& statistics = control.statistics[ring.index];

@@ -94,10 +94,6 @@ struct BackwardSm90Wide {
       Block::unround(p, {pairs.x, pairs.y, pairs.z, pairs.w}, step);
     }
     Block::differentiate(operand, p, logits);
-    // The buffer is free: both warpgroups have finished with the dS of the tile before, this one itself and the other
-    // before it handed P on.
-    Block::store_ds(Block::ds_row(ds_tile(), thread / 32 * 16, thread), operand);
-    ptx::fence_async_proxy();
   }
 
   // Adds to dV or dK whatever the tile's queries contribute.
@@ -127,6 +123,10 @@ struct BackwardSm90Wide {
       if constexpr (kGradient == kValues) {
         ptx::named_barrier_sync(kDifferencesBarrier, Block::kConsumerThreads);
       } else {
+        // The buffer is free: both warpgroups have finished with the dS of the tile before, this one itself and the
+        // other before it handed P on.
+        Block::store_ds(Block::ds_row(ds_tile(), thread / 32 * 16, thread), operand);
+        ptx::fence_async_proxy();
         ptx::named_barrier_arrive(kDifferencesBarrier, Block::kConsumerThreads);
         ptx::named_barrier_sync(kStoredBarrier, 128);
       }

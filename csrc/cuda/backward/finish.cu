@@ -1,6 +1,5 @@
 // dQ: the sum of the regimes' float32 gradients, each rotated back to the queries that were passed in, and scaled. dK
 // and dV where they are float32 sums: rounded.
-#include "cuda/backward/gradient_pieces.h"
 #include "cuda/backward/launchers.h"
 #include "cuda/backward/rows.cuh"
 #include "cuda/common/softmax.cuh"
@@ -9,27 +8,10 @@ namespace chunkattn::cuda {
 
 namespace {
 
-// The gradient row of a query in a regime, and the table row by which it is rotated back; negative: by none.
-struct GradientRow {
-  const float* data;
-  int chunk_pitch;  // from one kChunk elements to the next
-  int table_row;
-
-  __device__ __forceinline__ const float* chunk(int d) const { return data + d / kChunk * chunk_pitch; }
-  __device__ __forceinline__ float operator[](int d) const { return chunk(d)[d % kChunk]; }
-};
-static_assert(GradientPieces::kColumns == kChunk);
-
-__device__ __forceinline__ GradientRow gradient_row(const BackwardParams& params, const BackwardWorkspace& workspace,
-                                                    int64_t plane, int query, Regime regime, int row) {
-  const ForwardParams& forward = params.forward;
-  const RegimeQueries& source = workspace.regimes[static_cast<int>(regime)];
-  const bool as_it_is = regime == Regime::kIntra && forward.q_rotated;
-  const int head_dim = forward.shape.head_dim;
-  const int64_t offset = workspace.dq_in_pieces ? GradientPieces{source.rows, head_dim}.offset(plane, row)
-                                                : (plane * source.rows + row) * head_dim;
-  return {source.dq + offset, workspace.dq_in_pieces ? GradientPieces::kElements : kChunk,
-          as_it_is ? -1 : forward.geometry.query_rotation(regime, forward.first_position() + query, forward.q_rotated)};
+// The table row by which the gradient of a regime is rotated back; negative: by none.
+__device__ __forceinline__ int rotation_back(const ForwardParams& forward, const RowOfThread& place, Regime regime) {
+  if (regime == Regime::kIntra && forward.q_rotated) return -1;
+  return forward.geometry.query_rotation(regime, place.position, forward.q_rotated);
 }
 
 __device__ __forceinline__ void add(float (&sum)[kChunk], const float (&x)[kChunk]) {
@@ -46,7 +28,7 @@ __device__ __forceinline__ uint4 pack_scaled(float (&x)[kChunk], float scale) {
 
 template <typename T>
 __device__ __forceinline__ void finish_unit(const BackwardParams& params, const BackwardWorkspace& workspace,
-                                            int64_t plane, const RowOfThread& place, float scale, T* dq) {
+                                            const RowOfThread& place, float scale, T* dq) {
   const ForwardParams& forward = params.forward;
   const RotaryUnit unit = rotary_unit(forward.rotary, place.unit);
   if (unit.first >= forward.shape.head_dim) return;
@@ -55,15 +37,15 @@ __device__ __forceinline__ void finish_unit(const BackwardParams& params, const 
   constexpr int kRegimes = 3;
   int table_row[kRegimes];
   float a[kRegimes][kChunk] = {}, b[kRegimes][kChunk] = {};
-  for_each_regime(params, workspace, place.query, [&](Regime regime, int row) {
+  for_each_regime(params, workspace, place, [&](Regime regime, int row) {
     const int i = static_cast<int>(regime);
-    const GradientRow source = gradient_row(params, workspace, plane, place.query, regime, row);
-    table_row[i] = source.table_row;
+    const GradientRow source = gradient_row(params, workspace, place, regime, row);
+    table_row[i] = rotation_back(forward, place, regime);
     load_floats(source.chunk(unit.first), a[i]);
     if (has_second) load_floats(source.chunk(unit.second), b[i]);
   });
   float first[kChunk] = {}, second[kChunk] = {};
-  for_each_regime(params, workspace, place.query, [&](Regime regime, int) {
+  for_each_regime(params, workspace, place, [&](Regime regime, int) {
     const int i = static_cast<int>(regime);
     if (table_row[i] >= 0) rotate_unit_back(a[i], b[i], unit, forward.rotary, table_row[i]);
     add(first, a[i]);
@@ -76,14 +58,15 @@ __device__ __forceinline__ void finish_unit(const BackwardParams& params, const 
 // The same for rows of any alignment.
 template <typename T>
 __device__ __forceinline__ void finish_elements(const BackwardParams& params, const BackwardWorkspace& workspace,
-                                                int64_t plane, const RowOfThread& place, float scale, T* dq) {
+                                                const RowOfThread& place, float scale, T* dq) {
   const ForwardParams& forward = params.forward;
   const int begin = place.unit * 2 * kChunk;
   for (int d = begin; d < forward.shape.head_dim && d < begin + 2 * kChunk; ++d) {
     float sum = 0.f;
-    for_each_regime(params, workspace, place.query, [&](Regime regime, int row) {
-      const GradientRow source = gradient_row(params, workspace, plane, place.query, regime, row);
-      sum += source.table_row < 0 ? source[d] : rotated_back_element(source, d, forward.rotary, source.table_row);
+    for_each_regime(params, workspace, place, [&](Regime regime, int row) {
+      const GradientRow source = gradient_row(params, workspace, place, regime, row);
+      const int table_row = rotation_back(forward, place, regime);
+      sum += table_row < 0 ? source[d] : rotated_back_element(source, d, forward.rotary, table_row);
     });
     dq[d] = from_float<T>(sum * scale);
   }
@@ -93,20 +76,16 @@ template <typename T>
 __global__ void __launch_bounds__(kRowThreads)
     finish_kernel(const __grid_constant__ BackwardParams params, const __grid_constant__ BackwardWorkspace workspace,
                   int lanes, bool vectorized) {
-  const AttentionShape& shape = params.forward.shape;
-  const RowOfThread place = row_of_thread(shape, lanes);
-  if (!place.valid) return;
-  for (int batch = blockIdx.y; batch < shape.batch; batch += gridDim.y) {
-    const int64_t plane = static_cast<int64_t>(batch) * shape.heads + place.head;
-    const float scale = logit_scale(params.forward, batch);
-    T* dq = static_cast<T*>(params.dq) + batch * params.dq_strides.batch + place.query * params.dq_strides.seq +
-            place.head * params.dq_strides.head;
+  for_each_row(params.forward, lanes, [&](const RowOfThread& place) {
+    if (!place.valid) return;
+    const float scale = logit_scale(params.forward, place.batch);
+    T* dq = place.of(static_cast<T*>(params.dq), params.dq_strides);
     if (vectorized) {
-      finish_unit(params, workspace, plane, place, scale, dq);
+      finish_unit(params, workspace, place, scale, dq);
     } else {
-      finish_elements(params, workspace, plane, place, scale, dq);
+      finish_elements(params, workspace, place, scale, dq);
     }
-  }
+  });
 }
 
 // The grid's second dimension says which of the two, its third counts batch rows. A thread has a chunk of a row.

@@ -24,17 +24,18 @@ struct HeadRange {
 struct ChunkKeyTiles {
   static constexpr bool kInRegions = false;
 
-  struct Tile {
-    int batch;
-    int kv_head;
-    int order;  // how many blocks add to dq of the same queries before this one, where they take turns
-    QueryTile keys;
-  };
+  using Tile = ChunkKeyTile;
 
+  // Of a plain batch.
   __device__ __forceinline__ Tile tile(const BackwardParams& params, const KeyTileItem& item, int tile_n) const {
-    const int kv_heads = params.forward.shape.kv_heads;
-    const QueryTiling tiling{params.forward.geometry, 0, params.forward.shape.seqlen_k, tile_n};
-    return {item.plane / kv_heads, item.plane % kv_heads, item.tile, tiling.tile(item.tile)};
+    return plain_key_tile(params.forward, item, tile_n);
+  }
+
+  // Fills in what a thread block works on, of any batch; false where that is nothing.
+  __device__ __forceinline__ bool describe(Tile& own, AttendingQueries& queries, const BackwardParams& params,
+                                           const BackwardWorkspace& workspace, const TileSchedule& schedule, int index,
+                                           int tile_m, int tile_n) const {
+    return describe_key_tile(own, queries, params, workspace, schedule, index, tile_m, tile_n);
   }
 
   // The query heads that attend to the tile.
@@ -53,8 +54,8 @@ struct ChunkKeyTiles {
   template <int kThreads, typename T, typename Shared>
   __device__ __forceinline__ void copy(const Shared& shared, const T* rows, int64_t stride, const Tile& tile,
                                        int head_dim, bool vectorized) const {
-    copy_rows_async<kThreads>(shared, rows + tile.keys.begin * stride, stride, tile.keys.end - tile.keys.begin,
-                              head_dim, vectorized);
+    copy_rows_async<kThreads>(shared, rows + tile.first_key * stride, stride, tile.keys.end - tile.keys.begin, head_dim,
+                              vectorized);
   }
 
   // Writes the tile's dV, of which this thread has rows and columns from `row` and `column` on (layout: softmax.cuh).
@@ -89,7 +90,7 @@ struct ChunkKeyTiles {
  private:
   template <typename T>
   static __device__ __forceinline__ T* first_row(void* tensor, const Strides& strides, const Tile& tile) {
-    return static_cast<T*>(tensor) + tile.batch * strides.batch + tile.keys.begin * strides.seq +
+    return static_cast<T*>(tensor) + tile.batch * strides.batch + tile.first_key * strides.seq +
            tile.kv_head * strides.head;
   }
 };
@@ -115,6 +116,14 @@ struct RegionKeyTiles {
     const int batch = item.plane / kv_heads, kv_head = item.plane % kv_heads;
     const auto listed_keys = [&](int group, int list) { return regions(batch, kv_head, list, group).keys(); };
     return {tiling.tile(item.tile, listed_keys), batch, kv_head};
+  }
+
+  __device__ __forceinline__ bool describe(Tile& own, AttendingQueries& queries, const BackwardParams& params,
+                                           const BackwardWorkspace& workspace, const TileSchedule& schedule, int index,
+                                           int tile_m, int tile_n) const {
+    own = tile(params, key_tile_item(schedule, index), tile_n);
+    queries = attending_queries(params.forward, workspace, tile_m);
+    return own.keys.begin < own.keys.end;
   }
 
   __device__ __forceinline__ HeadRange heads(const AttentionShape& /*shape*/, const Tile& tile) const {

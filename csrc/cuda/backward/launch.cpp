@@ -5,6 +5,7 @@
 
 #include "cuda/backward/launchers.h"
 #include "cuda/common/device.h"
+#include "cuda/common/packed_sequences.h"
 #include "group_attention.h"
 #include "kernels.h"
 
@@ -65,12 +66,19 @@ const char* run_steps(const Launcher& launcher, const BackwardParams& params, Ba
                       int capability, bool aligned, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;
   const BackwardVectorPaths vectorized = vector_paths(params, workspace);
-  const KernelPlan plan = plan_backward(forward.shape, capability, aligned && vectorized.main_loop(), forced_kernel());
-  const cudaError_t status = cudaMemsetAsync(workspace.regimes[0].dq, 0, workspace.zeroed_bytes, stream);
-  if (status != cudaSuccess) return cudaGetErrorString(status);
+  // The Hopper kernel's copies would bring, and add to, rows of the next packed sequence.
+  const bool takes_hopper = aligned && vectorized.main_loop() && !forward.packed();
+  const KernelPlan plan = plan_backward(forward.shape, capability, takes_hopper, forced_kernel());
+  if (workspace.zeroed_bytes > 0) {
+    const cudaError_t status = cudaMemsetAsync(workspace.zeroed, 0, workspace.zeroed_bytes, stream);
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+  }
   workspace.dq_in_pieces = plan.kind == KernelChoice::kPortable;
   const char* failure = launch_prepare(params, workspace, vectorized, stream);
-  if (failure == nullptr) {
+  if (failure == nullptr && forward.packed()) {
+    failure = launch_packed_keys(params, workspace, plan.tile_n, stream);
+  }
+  if (failure == nullptr && forward.rows_k() > 0) {
     failure = forward.dtype == DataType::kBFloat16
                   ? launch_main_loop<__nv_bfloat16>(launcher, params, workspace, vectorized, plan, stream)
                   : launch_main_loop<__half>(launcher, params, workspace, vectorized, plan, stream);

@@ -57,7 +57,7 @@ const char* with_shared_kilobytes(const KernelPlan& plan, Function&& f) {
 template <typename T, int kHeadDim>
 const char* launch_backward_sm80(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
-  const TileSchedule schedule = make_key_tile_schedule(params, plan.tile_n, workspace.turns != nullptr);
+  const TileSchedule schedule = make_key_tile_schedule(params, workspace, plan.tile_n);
   return with_shared_kilobytes<kHeadDim>(plan, [&](auto kilobytes) {
     return launch_key_tiles(&dca_backward_sm80<T, kHeadDim, kilobytes()>, schedule, plan.warps * 32, plan.shared_memory,
                             stream, params, workspace, vectorized, schedule);

@@ -72,7 +72,7 @@ inline const char* encode_maps(BackwardMaps* maps, const BackwardParams& params,
 template <typename T, int kHeadDim>
 const char* launch_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
-  const TileSchedule schedule = make_key_tile_schedule(params, plan.tile_n, workspace.turns != nullptr);
+  const TileSchedule schedule = make_key_tile_schedule(params, workspace, plan.tile_n);
   BackwardMaps maps;
   const char* failure = encode_maps(&maps, params, workspace, plan, plan.tile_n);
   if (failure != nullptr) return failure;

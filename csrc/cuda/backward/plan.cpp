@@ -6,6 +6,7 @@
 #include "cuda/backward/gradient_pieces.h"
 #include "cuda/backward/tile_sizes.h"
 #include "cuda/common/carver.h"
+#include "cuda/common/tile_schedule.h"
 #include "kernels.h"
 
 namespace chunkattn::cuda {
@@ -46,6 +47,23 @@ KernelPlan plan_for_head_dim(int compute_capability, bool hopper) {
   return kilobytes >= 163 ? plan_portable<kHeadDim, 163>() : plan_portable<kHeadDim, 99>();
 }
 
+// Rows of a regime's tensors, by packed_regime_rows(): none where no sequence is long enough to have any.
+int packed_rows(const ForwardParams& forward, Regime regime) {
+  const ChunkGeometry& geometry = forward.geometry;
+  const int most = forward.shape.seqlen_k;
+  const bool any = regime == Regime::kIntra ||
+                   (regime == Regime::kSucc ? most > geometry.stride() : most > first_far_query(geometry, 0));
+  return any ? forward.total_q : 0;
+}
+
+// The query tiles of a head, or more.
+int count_turns(const ForwardParams& forward) {
+  const ChunkGeometry& geometry = forward.geometry;
+  if (!forward.packed()) return forward.sequence(0).query_tiling(geometry, kBackwardSmallestTileM).count();
+  return static_cast<int>(
+      room_for_packed_tiles(forward.total_q, forward.shape.batch, geometry, kBackwardSmallestTileM));
+}
+
 }  // namespace
 
 KernelPlan plan_backward(const AttentionShape& shape, int compute_capability, bool aligned, KernelChoice choice) {
@@ -53,7 +71,7 @@ KernelPlan plan_backward(const AttentionShape& shape, int compute_capability, bo
   if (choice == KernelChoice::kHopper && !hopper) {
     throw std::invalid_argument(
         "the hopper kernel of the backward needs compute capability 9.0 and rows of q, k, v and dout that start on "
-        "multiples of 16 bytes, and in select_merge a region_size that is a multiple of 8");
+        "multiples of 16 bytes, a batch that is not packed, and in select_merge a region_size that is a multiple of 8");
   }
   const bool takes_hopper = hopper && choice != KernelChoice::kPortable;
   if (shape.head_dim <= 64) return plan_for_head_dim<64>(compute_capability, takes_hopper);
@@ -66,32 +84,36 @@ BackwardWorkspace backward_workspace(const BackwardParams& params, bool determin
   const ForwardParams& forward = params.forward;
   const AttentionShape& shape = forward.shape;
   const ChunkGeometry& geometry = forward.geometry;
-  const int64_t planes = static_cast<int64_t>(shape.batch) * shape.heads;
+  const int64_t planes = forward.planes();
   BackwardWorkspace workspace{};
-  workspace.rows = regime_rows(geometry, forward.first_position(), kBackwardLargestTileM);
+  if (!forward.packed()) workspace.rows = regime_rows(geometry, forward.first_position(), kBackwardLargestTileM);
   for (const Regime regime : {Regime::kIntra, Regime::kSucc, Regime::kInter}) {
-    workspace.regimes[static_cast<int>(regime)].rows = workspace.rows.count(regime, shape.seqlen_k);
+    workspace.regimes[static_cast<int>(regime)].rows =
+        forward.packed() ? packed_rows(forward, regime) : workspace.rows.count(regime, shape.seqlen_k);
   }
 
   Carver carver(memory);
-  for (RegimeQueries& regime : workspace.regimes) {
-    regime.dq = carver.take<float>(planes * GradientPieces{regime.rows, shape.head_dim}.plane());
-  }
-  if (deterministic) {
-    const QueryTiling tiling{geometry, forward.first_position(), shape.seqlen_k, kBackwardSmallestTileM};
-    workspace.turns = carver.take<int>(planes * tiling.count());
-  }
   const auto take_queries = [&](RegimeQueries& regime) {
     constexpr size_t kElementBytes = 2;
     const int64_t row = static_cast<int64_t>(shape.heads) * shape.head_dim;
-    regime.q = carver.take<void>(shape.batch * regime.rows * row, kElementBytes);
-    regime.q_strides = {regime.rows * row, row, shape.head_dim};
+    regime.q = carver.take<void>(forward.entries() * regime.rows * row, kElementBytes);
+    regime.q_strides = {forward.packed() ? 0 : regime.rows * row, row, shape.head_dim};
   };
-  // succ has rows without a query behind the last one. Kernels that copy whole tiles read them.
-  take_queries(workspace.regimes[1]);
+  workspace.zeroed = carver.take<void>(0, 1);
+  if (deterministic) {
+    workspace.turns_per_plane = count_turns(forward);
+    workspace.turns = carver.take<int>(planes * workspace.turns_per_plane);
+  }
+  // succ of a plain batch has rows without a query behind the last one. Kernels that copy whole tiles read them.
+  if (!forward.packed()) take_queries(workspace.regimes[1]);
   workspace.zeroed_bytes = carver.used();
-  workspace.delta = carver.take<float>(planes * shape.seqlen_q);
+  if (forward.packed()) take_queries(workspace.regimes[1]);
   take_queries(workspace.regimes[2]);
+  for (RegimeQueries& regime : workspace.regimes) {
+    regime.dq = carver.take<float>(planes * GradientPieces{regime.rows, shape.head_dim}.plane());
+  }
+  workspace.delta = carver.take<float>(planes * forward.rows_q());
+  if (forward.packed()) workspace.sequence_tiles = carver.take<SequenceTiles>(shape.batch + 1);
   workspace.regimes[0].q = forward.q_rotated ? forward.q : params.dq;
   workspace.regimes[0].q_strides = forward.q_rotated ? forward.q_strides : params.dq_strides;
   workspace.dk_rotated = forward.k_rotated;

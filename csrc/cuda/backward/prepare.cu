@@ -1,4 +1,5 @@
-// What the backward main loop reads beside its inputs: delta = rowsum(dout * out), and Q rotated for every regime.
+// What the backward main loop reads beside its inputs: delta = rowsum(dout * out), and Q rotated for every regime. And
+// what it adds to: zeros.
 #include "cuda/backward/launchers.h"
 #include "cuda/backward/rows.cuh"
 
@@ -11,27 +12,31 @@ template <typename T>
 struct PreparedRow {
   const BackwardParams& params;
   const BackwardWorkspace& workspace;
+  const RowOfThread& place;
   const T* q;
   const T* out;
   const T* dout;
-  int batch;
-  int query;
-  int head;
 
-  // Calls f(destination, table row) for each rotated copy. Queries that arrive rotated are their own intra copy.
-  template <typename Function>
-  __device__ __forceinline__ void for_each_copy(Function&& f) const {
+  // Calls clear(gradient) for each regime, and copy(destination, table row) for each rotated copy. Queries that arrive
+  // rotated are their own intra copy.
+  template <typename Clear, typename Copy>
+  __device__ __forceinline__ void for_each_copy(Clear&& clear, Copy&& copy) const {
     const ForwardParams& forward = params.forward;
-    const int position = forward.first_position() + query;
-    for_each_regime(params, workspace, query, [&](Regime regime, int row) {
+    for_each_regime(params, workspace, place, [&](Regime regime, int row) {
+      clear(gradient_row(params, workspace, place, regime, row));
       if (regime == Regime::kIntra && forward.q_rotated) return;
       const RegimeQueries& target = workspace.regimes[static_cast<int>(regime)];
-      T* copy = static_cast<T*>(const_cast<void*>(target.q)) + batch * target.q_strides.batch +
-                row * target.q_strides.seq + head * target.q_strides.head;
-      f(copy, forward.geometry.query_rotation(regime, position, forward.q_rotated));
+      copy(static_cast<T*>(const_cast<void*>(target.q)) + place.entry * target.q_strides.batch +
+               row * target.q_strides.seq + place.head * target.q_strides.head,
+           forward.geometry.query_rotation(regime, place.position, forward.q_rotated));
     });
   }
 };
+
+__device__ __forceinline__ void clear_chunk(float* chunk) {
+  reinterpret_cast<float4*>(chunk)[0] = float4{0.f, 0.f, 0.f, 0.f};
+  reinterpret_cast<float4*>(chunk)[1] = float4{0.f, 0.f, 0.f, 0.f};
+}
 
 template <typename T>
 __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
@@ -56,12 +61,17 @@ __device__ __forceinline__ float prepare_unit(const PreparedRow<T>& row, int uni
   const uint4 second = has_second ? load_chunk(row.q, unit.second) : zero;
   float delta = dot<T>(load_chunk(row.out, unit.first), load_chunk(row.dout, unit.first));
   if (has_second) delta += dot<T>(load_chunk(row.out, unit.second), load_chunk(row.dout, unit.second));
-  row.for_each_copy([&](T* copy, int table_row) {
-    uint4 rotated_first = first, rotated_second = second;
-    rotate_unit<T>(rotated_first, rotated_second, unit, forward.rotary, table_row);
-    *reinterpret_cast<uint4*>(copy + unit.first) = rotated_first;
-    if (has_second) *reinterpret_cast<uint4*>(copy + unit.second) = rotated_second;
-  });
+  row.for_each_copy(
+      [&](const GradientRow& gradient) {
+        clear_chunk(gradient.chunk(unit.first));
+        if (has_second) clear_chunk(gradient.chunk(unit.second));
+      },
+      [&](T* copy, int table_row) {
+        uint4 rotated_first = first, rotated_second = second;
+        rotate_unit<T>(rotated_first, rotated_second, unit, forward.rotary, table_row);
+        *reinterpret_cast<uint4*>(copy + unit.first) = rotated_first;
+        if (has_second) *reinterpret_cast<uint4*>(copy + unit.second) = rotated_second;
+      });
   return delta;
 }
 
@@ -74,6 +84,7 @@ __device__ __forceinline__ float prepare_elements(const PreparedRow<T>& row, int
   for (int d = begin; d < forward.shape.head_dim && d < begin + 2 * kChunk; ++d) {
     delta += to_float(row.out[d]) * to_float(row.dout[d]);
     row.for_each_copy(
+        [&](const GradientRow& gradient) { gradient[d] = 0.f; },
         [&](T* copy, int table_row) { copy[d] = from_float<T>(rotated_element(row.q, d, forward.rotary, table_row)); });
   }
   return delta;
@@ -84,33 +95,24 @@ __global__ void __launch_bounds__(kRowThreads)
     prepare_kernel(const __grid_constant__ BackwardParams params, const __grid_constant__ BackwardWorkspace workspace,
                    int lanes, bool vectorized) {
   const ForwardParams& forward = params.forward;
-  const AttentionShape& shape = forward.shape;
-  const RowOfThread place = row_of_thread(shape, lanes);
-  for (int batch = blockIdx.y; batch < shape.batch; batch += gridDim.y) {
-    const auto row_of = [&](const void* tensor, const Strides& strides) {
-      return static_cast<const T*>(tensor) + batch * strides.batch + place.query * strides.seq +
-             place.head * strides.head;
-    };
+  for_each_row(forward, lanes, [&](const RowOfThread& place) {
     float delta = 0.f;
     if (place.valid) {
       const PreparedRow<T> row{params,
                                workspace,
-                               row_of(forward.q, forward.q_strides),
-                               row_of(forward.out, forward.out_strides),
-                               row_of(params.dout, params.dout_strides),
-                               batch,
-                               place.query,
-                               place.head};
+                               place,
+                               place.of(static_cast<const T*>(forward.q), forward.q_strides),
+                               place.of(static_cast<const T*>(forward.out), forward.out_strides),
+                               place.of(static_cast<const T*>(params.dout), params.dout_strides)};
       delta = vectorized ? prepare_unit(row, place.unit) : prepare_elements(row, place.unit);
     }
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
       delta += __shfl_xor_sync(0xffffffffu, delta, distance);
     }
     if (place.valid && place.unit == 0) {
-      const int64_t plane = static_cast<int64_t>(batch) * shape.heads + place.head;
-      workspace.delta[plane * shape.seqlen_q + place.query] = delta;
+      workspace.delta[place.plane(forward.shape) * forward.rows_q() + place.query] = delta;
     }
-  }
+  });
 }
 
 }  // namespace

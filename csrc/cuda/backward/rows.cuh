@@ -4,6 +4,9 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/backward/gradient_pieces.h"
+#include "cuda/backward/tile_sizes.h"
+#include "cuda/common/packed_sequences.h"
 #include "cuda/common/rotary.cuh"
 
 namespace chunkattn::cuda {
@@ -17,31 +20,64 @@ inline int lanes_per_row(int head_dim) {
   return lanes;
 }
 
-// Rows of q, [seqlen_q, heads] of each batch row: the grid's second dimension counts batch rows.
+// Rows of q and heads of each batch entry: the grid's second dimension counts entries.
 struct RowOfThread {
-  int query;
+  int entry;     // of the tensors
+  int batch;     // sequence
+  int query;     // row of q
+  int position;  // in the sequence; negative where it sees no key, or is nobody's
   int head;
   int unit;
   bool valid;  // there is such a row; the lane may still lie behind its end
+
+  // The plane of what has a value for every row.
+  __device__ __forceinline__ int64_t plane(const AttentionShape& shape) const {
+    return static_cast<int64_t>(entry) * shape.heads + head;
+  }
+
+  // Of a row of q's shape.
+  template <typename T>
+  __device__ __forceinline__ T* of(T* tensor, const Strides& strides) const {
+    return tensor + entry * strides.batch + query * strides.seq + head * strides.head;
+  }
 };
 
-__device__ __forceinline__ RowOfThread row_of_thread(const AttentionShape& shape, int lanes) {
+// Calls f(RowOfThread) for this thread's row of every batch entry; all lanes of a warp together.
+template <typename Function>
+__device__ __forceinline__ void for_each_row(const ForwardParams& forward, int lanes, Function&& f) {
+  const AttentionShape& shape = forward.shape;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / lanes) + threadIdx.x / lanes;
   const int64_t query = row / shape.heads;
-  return {static_cast<int>(query), static_cast<int>(row - query * shape.heads), static_cast<int>(threadIdx.x) % lanes,
-          query < shape.seqlen_q};
+  RowOfThread place{};
+  place.query = static_cast<int>(query);
+  place.head = static_cast<int>(row - query * shape.heads);
+  place.unit = static_cast<int>(threadIdx.x) % lanes;
+  place.valid = query < forward.rows_q();
+  place.position = forward.first_position() + place.query;
+  if (forward.packed() && place.valid) {
+    place.batch = sequence_of_row(forward.cu_seqlens_q, shape.batch, place.query);
+    const Sequence sequence = forward.sequence(place.batch);
+    const int64_t index = place.query - sequence.first_q;
+    const bool inside = index >= 0 && index < sequence.seqlen_q;
+    place.position = inside ? static_cast<int>(index) + sequence.first_position() : -1;
+  }
+  for (place.entry = blockIdx.y; place.entry < forward.entries(); place.entry += gridDim.y) {
+    if (!forward.packed()) place.batch = place.entry;
+    f(place);
+  }
 }
 
 // Launches kernel(params, workspace, lanes, vectorized) over all rows. Returns null, or what failed.
 template <typename Kernel>
 const char* launch_over_rows(Kernel kernel, const BackwardParams& params, const BackwardWorkspace& workspace,
                              bool vectorized, cudaStream_t stream) {
-  const AttentionShape& shape = params.forward.shape;
-  const int lanes = lanes_per_row(shape.head_dim);
+  const ForwardParams& forward = params.forward;
+  const int lanes = lanes_per_row(forward.shape.head_dim);
   const int64_t rows_per_block = kRowThreads / lanes;
-  const int64_t blocks = (static_cast<int64_t>(shape.seqlen_q) * shape.heads + rows_per_block - 1) / rows_per_block;
+  const int64_t rows = static_cast<int64_t>(forward.rows_q()) * forward.shape.heads;
+  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
   if (blocks > INT32_MAX) return "q has too many elements for one launch";
-  const dim3 grid(static_cast<unsigned>(blocks), shape.batch < 65535 ? shape.batch : 65535);
+  const dim3 grid(static_cast<unsigned>(blocks), forward.entries() < 65535 ? forward.entries() : 65535);
   kernel<<<grid, kRowThreads, 0, stream>>>(params, workspace, lanes, vectorized);
   const cudaError_t status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
@@ -50,14 +86,38 @@ const char* launch_over_rows(Kernel kernel, const BackwardParams& params, const 
 // Calls f(regime, row in the tensors of the regime) for the regimes a query can be in.
 template <typename Function>
 __device__ __forceinline__ void for_each_regime(const BackwardParams& params, const BackwardWorkspace& workspace,
-                                                int query, Function&& f) {
-  const int position = params.forward.first_position() + query;
-  const RegimeRows& rows = workspace.rows;
+                                                const RowOfThread& place, Function&& f) {
+  if (place.position < 0) return;
+  const ForwardParams& forward = params.forward;
+  const RegimeRows rows =
+      forward.packed() ? packed_regime_rows(forward.geometry, place.position - place.query, kBackwardLargestTileM)
+                       : workspace.rows;
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
     const Regime regime = static_cast<Regime>(i);
-    if (rows.has_row(regime, position)) f(regime, rows.row(regime, position));
+    if (rows.has_row(regime, place.position)) f(regime, rows.row(regime, place.position));
   }
+}
+
+// The gradient of a row with respect to its queries of a regime.
+struct GradientRow {
+  float* data;
+  int chunk_pitch;  // from one kChunk elements to the next
+
+  __device__ __forceinline__ float* chunk(int d) const { return data + d / kChunk * chunk_pitch; }
+  __device__ __forceinline__ float& operator[](int d) const { return chunk(d)[d % kChunk]; }
+};
+static_assert(GradientPieces::kColumns == kChunk);
+
+__device__ __forceinline__ GradientRow gradient_row(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                                    const RowOfThread& place, Regime regime, int row) {
+  const RegimeQueries& target = workspace.regimes[static_cast<int>(regime)];
+  const int head_dim = params.forward.shape.head_dim;
+  const int64_t plane = place.plane(params.forward.shape);
+  if (workspace.dq_in_pieces) {
+    return {target.dq + GradientPieces{target.rows, head_dim}.offset(plane, row), GradientPieces::kElements};
+  }
+  return {target.dq + (plane * target.rows + row) * head_dim, kChunk};
 }
 
 }  // namespace chunkattn::cuda

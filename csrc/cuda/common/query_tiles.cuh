@@ -10,7 +10,8 @@ struct AttendingTile {
   int begin;  // first query's position
   int count;  // queries
   Regime regime;
-  int row;  // of the first query in the tensors of its regime (BackwardWorkspace)
+  int row;    // of the first query in the tensors of its regime (BackwardWorkspace)
+  int query;  // the same in q, dout and softmax_lse
 };
 
 // From the tile that holds the first key to the last: QueryTiling and ChunkGeometry::tile_regime tile by tile, without
@@ -28,10 +29,11 @@ class QueryTileWalk {
 
   CHUNKATTN_HOST_DEVICE bool done(const QueryTiling& tiling) const { return begin_ >= tiling.end; }
 
-  CHUNKATTN_HOST_DEVICE AttendingTile tile(const QueryTiling& tiling) const {
+  CHUNKATTN_HOST_DEVICE AttendingTile tile(const QueryTiling& tiling, const RegimeRows& rows) const {
     const Regime regime = tiling.geometry.tile_regime_in_chunk(chunks_apart_, index_);
-    const int row = regime == Regime::kSucc ? near_row_ : regime == Regime::kInter ? far_row_ : begin_ - tiling.begin;
-    return {tile_index_, begin_, count(tiling), regime, row};
+    const int query = rows.row(Regime::kIntra, begin_);
+    const int row = regime == Regime::kSucc ? near_row_ : regime == Regime::kInter ? far_row_ : query;
+    return {tile_index_, begin_, count(tiling), regime, row, query};
   }
 
   CHUNKATTN_HOST_DEVICE void advance(const QueryTiling& tiling, const RegimeRows& rows) {
@@ -42,7 +44,7 @@ class QueryTileWalk {
     near_row_ += step;
     far_row_ += step;
     if (index_ < tiling.geometry.stride()) return;
-    near_row_ += rows.near_per_chunk - index_;
+    near_row_ += rows.near_pitch - index_;
     index_ = 0;
     ++chunks_apart_;
   }
@@ -74,9 +76,9 @@ class GroupTileWalk {
 
   CHUNKATTN_HOST_DEVICE bool done(const QueryTiling& /*tiling*/) const { return begin_ >= end_; }
 
-  CHUNKATTN_HOST_DEVICE AttendingTile tile(const QueryTiling& tiling) const {
+  CHUNKATTN_HOST_DEVICE AttendingTile tile(const QueryTiling& tiling, const RegimeRows& /*rows*/) const {
     const int left = end_ - begin_;
-    return {tile_index_, begin_, left < tiling.size ? left : tiling.size, regime_, begin_};
+    return {tile_index_, begin_, left < tiling.size ? left : tiling.size, regime_, begin_, begin_};
   }
 
   CHUNKATTN_HOST_DEVICE void advance(const QueryTiling& tiling, const RegimeRows& /*rows*/) {

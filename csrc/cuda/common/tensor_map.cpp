@@ -35,8 +35,10 @@ const char* encode_row_map(CUtensorMap* map, const RowTensor& tensor, DataType d
   constexpr cuuint64_t kElementBytes = 2;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(tensor.rows),
                               static_cast<cuuint64_t>(tensor.heads), static_cast<cuuint64_t>(tensor.batch)};
+  // Packed tensors have no batch stride.
+  const int64_t batch_stride = tensor.batch > 1 ? tensor.strides.batch : tensor.strides.seq;
   const cuuint64_t byte_strides[] = {tensor.strides.seq * kElementBytes, tensor.strides.head * kElementBytes,
-                                     tensor.strides.batch * kElementBytes};
+                                     batch_stride * kElementBytes};
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
   const CUtensorMapDataType type =
       dtype == DataType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;

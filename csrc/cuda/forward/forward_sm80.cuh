@@ -112,17 +112,22 @@ struct ForwardSm80 {
     const KeyShared k_tile{q_tile.base + QueryShared::kBytes};
     const KeyShared v_tile{k_tile.base + KeyShared::kBytes};
 
+    if (!schedule.has(blockIdx.x)) return;
     const TileSchedule::Item item = schedule.item(blockIdx.x);
-    const QueryTiling tiling{params.geometry, params.first_position(), params.shape.seqlen_k, kTileM};
-    const QueryTile queries = tiling.tile(item.tile);
     const int head = item.plane % params.shape.heads;
     const int batch = item.plane / params.shape.heads;
+    const Sequence sequence = params.sequence(batch);
+    const QueryTiling tiling = sequence.query_tiling(params.geometry, kTileM);
+    if (item.tile >= tiling.count()) return;
+    const QueryTile queries = tiling.tile(item.tile);
     const int kv_head = head / (params.shape.heads / params.shape.kv_heads);
-    const int first_query = queries.begin - params.first_position();
+    const int64_t first_query = sequence.first_q + queries.begin - sequence.first_position();
     const T* q = static_cast<const T*>(params.q) + batch * params.q_strides.batch + head * params.q_strides.head +
                  first_query * params.q_strides.seq;
-    const T* k = static_cast<const T*>(params.k) + batch * params.k_strides.batch + kv_head * params.k_strides.head;
-    const T* v = static_cast<const T*>(params.v) + batch * params.v_strides.batch + kv_head * params.v_strides.head;
+    const T* k = static_cast<const T*>(params.k) + batch * params.k_strides.batch + kv_head * params.k_strides.head +
+                 sequence.first_k * params.k_strides.seq;
+    const T* v = static_cast<const T*>(params.v) + batch * params.v_strides.batch + kv_head * params.v_strides.head +
+                 sequence.first_k * params.v_strides.seq;
     const float scale_log2 = logit_scale(params, batch) * kLog2E;
 
     const auto keys = source.reader(batch, head, queries);
@@ -179,8 +184,7 @@ struct ForwardSm80 {
     T* out = static_cast<T*>(params.out) + batch * params.out_strides.batch + head * params.out_strides.head +
              first_query * params.out_strides.seq;
     store_output(q_tile, output, out, params.out_strides.seq, warp_row, valid, params.shape.head_dim, vectorized.out);
-    store_lse(lse, params.softmax_lse + static_cast<int64_t>(item.plane) * params.shape.seqlen_q + first_query,
-              warp_row, valid);
+    store_lse(lse, params.softmax_lse + params.plane(batch, head) * params.rows_q() + first_query, warp_row, valid);
   }
 };
 

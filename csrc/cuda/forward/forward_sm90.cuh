@@ -24,12 +24,13 @@ namespace chunkattn::cuda {
 
 // A tile of the schedule, decoded once for all warps of the block.
 struct TileWork {
-  int plane;  // batch * heads + head; -1 ends the kernel
-  int batch;
+  int batch;  // -1 ends the kernel
   int head;
   int kv_head;
-  int first_query;  // index of the tile's first row in q
-  int seqlen_k;     // of the sequence
+  int first_query;  // row of q of the tile's first query
+  int first_key;    // row of k and v of the sequence's first key
+  int box_batch;    // what the copy engine calls the batch
+  int seqlen_k;     // of the sequence, if anything may lie behind it: otherwise there are zeros
   QueryTile queries;
   SegmentList segments;
 };
@@ -101,27 +102,21 @@ struct ForwardSm90 {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
   }
 
-  // Fills in the work of a schedule's item. Where sequences have their own lengths the schedule has room for the
+  // Fills in the work of a schedule's item. Where sequences have their own lengths the schedule may have room for the
   // longest, and some items are nothing: false.
   __device__ __forceinline__ bool describe(TileWork& work, const TileSchedule::Item& item) const {
     const int batch = item.plane / params.shape.heads;
-    int seqlen_k = params.shape.seqlen_k;
-    int first_position = params.first_position();
-    QueryTiling tiling{params.geometry, first_position, seqlen_k, kTileM};
-    if constexpr (Keys::kRagged) {
-      seqlen_k = source.seqlen_k(batch);
-      first_position = seqlen_k - params.shape.seqlen_q;
-      tiling.begin = max(first_position, 0);  // queries before it see nothing
-      tiling.end = seqlen_k;
-      if (item.tile >= tiling.count()) return false;
-    }
-    work.plane = item.plane;
+    const Sequence sequence = source.sequence(params, batch);
+    const QueryTiling tiling = sequence.query_tiling(params.geometry, kTileM);
+    if (item.tile >= tiling.count()) return false;
     work.batch = batch;
     work.head = item.plane % params.shape.heads;
     work.kv_head = work.head / (params.shape.heads / params.shape.kv_heads);
-    work.seqlen_k = seqlen_k;
     work.queries = tiling.tile(item.tile);
-    work.first_query = work.queries.begin - first_position;
+    work.first_query = static_cast<int>(sequence.first_q) + work.queries.begin - sequence.first_position();
+    work.first_key = static_cast<int>(sequence.first_k);
+    work.box_batch = params.packed() ? 0 : batch;
+    work.seqlen_k = source.ends_in_zeros(params) ? INT32_MAX : sequence.seqlen_k;
     work.segments = source.segments(params, work.batch, work.head, work.queries);
     return true;
   }
@@ -135,8 +130,8 @@ struct ForwardSm90 {
                                           int* tile_counter) const {
     ring.wait_empty(control.work_empty);
     TileWork& work = control.work[ring.index];
-    work.plane = -1;
-    while (index < schedule.count() && !describe(work, schedule.item(static_cast<int>(index)))) {
+    work.batch = -1;
+    while (schedule.has(index) && !describe(work, schedule.item(static_cast<int>(index)))) {
       index = next_item(tile_counter);
     }
     ptx::mbarrier_arrive(control.work_full + ring.index);
@@ -148,8 +143,8 @@ struct ForwardSm90 {
     ptx::mbarrier_arrive_expect(full, KeyShared::kBytes);
 #pragma unroll
     for (int panel = 0; panel < KeyShared::kPanels; ++panel) {
-      ptx::tma_load_4d(tile.base + panel * KeyShared::kPanelBytes, map, full, panel * 64, token, work.kv_head,
-                       work.batch);
+      ptx::tma_load_4d(tile.base + panel * KeyShared::kPanelBytes, map, full, panel * 64, work.first_key + token,
+                       work.kv_head, work.box_batch);
     }
   }
 
@@ -162,7 +157,7 @@ struct ForwardSm90 {
     publish(published, schedule, blockIdx.x, tile_counter);
     while (true) {
       const TileWork& work = control.work[ring.index];
-      if (work.plane < 0) return;
+      if (work.batch < 0) return;
       int pending = -1;  // the tile whose keys are under way and whose values are not
       for (KeyTileWalk<kTileN> walk(work.segments, work.queries.begin);; walk.advance()) {
         const int token = walk.done() ? -1 : walk.tile().begin;
@@ -213,7 +208,7 @@ struct ForwardSm90 {
     while (true) {
       __syncwarp();  // the tile is published
       const TileWork& work = control.work[ring.index];
-      if (work.plane < 0) return;
+      if (work.batch < 0) return;
       const auto boxes = source.boxes(params, work.batch, work.head, work.queries, work.seqlen_k);
       bool first = true;
       BoxPlace pending{};  // of the tile whose keys are under way and whose values are not
@@ -300,7 +295,7 @@ struct ForwardSm90 {
     while (true) {
       ring.wait_full(control.work_full);
       const TileWork& work = control.work[ring.index];
-      if (work.plane < 0) return;
+      if (work.batch < 0) return;
       // Barriers make the compiler read memory anew, so what every copy needs is kept in registers.
       const int batch = work.batch;
       const int kv_head = work.kv_head;
@@ -345,7 +340,7 @@ struct ForwardSm90 {
     while (true) {
       ring.wait_full(control.work_full);
       const TileWork& work = control.work[ring.index];
-      if (work.plane < 0) return;
+      if (work.batch < 0) return;
       const T* q = static_cast<const T*>(params.q) + work.batch * params.q_strides.batch +
                    work.head * params.q_strides.head + work.first_query * params.q_strides.seq;
       for (int segment = 0; segment < work.segments.count; ++segment) {
@@ -419,7 +414,7 @@ struct ForwardSm90 {
 #pragma unroll
         for (int panel = 0; panel < QueryShared::kPanels; ++panel) {
           ptx::tma_store_4d(output_map, staging.base + panel * QueryShared::kPanelBytes + warpgroup * 64 * 128,
-                            panel * 64, work.first_query + warpgroup * 64, work.head, work.batch);
+                            panel * 64, work.first_query + warpgroup * 64, work.head, work.box_batch);
         }
         ptx::bulk_commit();
         state.storing = state.queries.index;
@@ -435,10 +430,14 @@ struct ForwardSm90 {
     state.queries.advance();
   }
 
-  // Behind the end of a sequence memory may hold anything: 0 times infinity would spoil the output. Every warpgroup
-  // writes the same zeros, so none waits for another.
-  static __device__ __forceinline__ void clear_values(const KeyShared& v, int written, int warpgroup) {
+  // Behind the end of a sequence lies anything: 0 times infinity would spoil the output. Clears the rows of V there, of
+  // which `written` are the sequence's own, when they have arrived. Every warpgroup writes the same zeros, so none
+  // waits for another.
+  __device__ __forceinline__ void clear_values(const Ring<kStages>& values, int written, int warpgroup) const {
     if (written >= kTileN) return;
+    values.wait_full(control.value_full);
+    const KeyShared v = value_tile(values.index);
+#pragma unroll 1
     for (int i = threadIdx.x % 128; i < (kTileN - written) * KeyShared::kChunksPerRow; i += 128) {
       const int row = written + i / KeyShared::kChunksPerRow;
       store_shared(v.address(row, i % KeyShared::kChunksPerRow), uint4{0, 0, 0, 0});
@@ -457,14 +456,18 @@ struct ForwardSm90 {
     float shrink[1][2];
     OnlineSoftmax<1> softmax;
     KeyTileWalk<kTileN> walk(work.segments, work.queries.begin);
-    int written = kTileN;  // rows of the tile in the softmax that are keys of the sequence
     // The softmax of a key tile in two parts, between which P V of the tile before is awaited, since P needs its
     // registers. Each part has exponentials, so that their unit is never idle for long: while it works on one half of
-    // the rows, the maxima of the other half are found.
-    const auto softmax_first = [&] {
+    // the rows, the maxima of the other half are found. `values` is where the tile's own V arrives.
+    const auto softmax_first = [&](Ring<kStages> values, bool next) {
       const KeyTile tile = walk.tile();
-      if (tile.causal || tile.valid < kTileN) hide_keys(logits, tile, work.queries.begin + warp_row);
-      if constexpr (Keys::kRagged) written = work.seqlen_k - tile.begin;
+      if (tile.causal || tile.valid < kTileN) {
+        hide_keys(logits, tile, work.queries.begin + warp_row);
+        if constexpr (Keys::kRotatesQueries) {
+          if (next) values.advance();
+          clear_values(values, work.seqlen_k - tile.begin, warpgroup);
+        }
+      }
       bool grown = softmax.template raise_maximum<0>(logits, scale_log2, shrink);
       softmax.template exponentiate<0>(logits, scale_log2);
       grown |= softmax.template raise_maximum<1>(logits, scale_log2, shrink);
@@ -504,12 +507,11 @@ struct ForwardSm90 {
     ptx::wgmma_wait<0>();
     ptx::pin(logits[0]);
     release_keys();
-    softmax_first();
+    softmax_first(rings.values, false);
     softmax_second();
 
     for (bool more = advance(); more;) {
       rings.values.wait_full(control.value_full);
-      if constexpr (Keys::kRagged) clear_values(value_tile(rings.values.index), written, warpgroup);
       wait_turn(warpgroup);
       start_logits(logits, query_tile(rings.queries.index), key_tile(rings.keys.index), warpgroup);
       start_output(output, weights, value_tile(rings.values.index));
@@ -517,7 +519,7 @@ struct ForwardSm90 {
       ptx::wgmma_wait<1>();
       ptx::pin(logits[0]);
       release_keys();
-      const bool shrinks = softmax_first();
+      const bool shrinks = softmax_first(rings.values, true);
       // ptxas moves a wait up over arithmetic that does not need it, but not over the branches of advance(); the pin
       // keeps the arithmetic on this side of them.
       ptx::pin(logits[0]);
@@ -530,7 +532,6 @@ struct ForwardSm90 {
     }
 
     rings.values.wait_full(control.value_full);
-    if constexpr (Keys::kRagged) clear_values(value_tile(rings.values.index), written, warpgroup);
     start_output(output, weights, value_tile(rings.values.index));
     ptx::wgmma_wait<0>();
     ptx::pin(output[0]);
@@ -540,8 +541,8 @@ struct ForwardSm90 {
     softmax.finish(scale_log2, normalise, lse);
     scale_rows(output, normalise);
     store(output, work, warpgroup, output_map, rings);
-    store_lse(lse, params.softmax_lse + static_cast<int64_t>(work.plane) * params.shape.seqlen_q + work.first_query,
-              warp_row, work.queries.end - work.queries.begin);
+    float* const plane_lse = params.softmax_lse + params.plane(work.batch, work.head) * params.rows_q();
+    store_lse(lse, plane_lse + work.first_query, warp_row, work.queries.end - work.queries.begin);
   }
 
   __device__ __forceinline__ void consume(int warpgroup, const CUtensorMap* output_map) const {
@@ -551,7 +552,7 @@ struct ForwardSm90 {
     while (true) {
       ring.wait_full(control.work_full);
       const TileWork& work = control.work[ring.index];
-      if (work.plane < 0) break;
+      if (work.batch < 0) break;
       attend(work, warpgroup, output_map, rings);
       ptx::mbarrier_arrive(control.work_empty + ring.index);
       ring.advance();
@@ -579,7 +580,7 @@ struct ForwardSm90 {
         if constexpr (Keys::kRotatesQueries) self.prepare_queries(threadIdx.x - 32);
       } else if constexpr (!Keys::kRotatesQueries) {
         self.load_queries_and_regions(query_map, &key_map, &value_map, schedule, tile_counter);
-      } else if constexpr (Keys::kRagged) {
+      } else if constexpr (Keys::kInBoxes) {
         self.load_in_boxes(&key_map, &value_map, schedule, tile_counter);
       } else if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&key_map);

@@ -19,7 +19,14 @@ struct BoxPlace {
 // Dual chunk attention: segments are ranges of keys.
 struct ChunkKeys {
   static constexpr bool kRotatesQueries = true;
-  static constexpr bool kRagged = false;  // otherwise every sequence has its own length, behind which lies anything
+  static constexpr bool kInBoxes = false;  // otherwise key tiles are brought in boxes
+
+  // Behind a sequence's last key.
+  __device__ __forceinline__ bool ends_in_zeros(const ForwardParams& params) const { return !params.packed(); }
+
+  __device__ __forceinline__ Sequence sequence(const ForwardParams& params, int batch) const {
+    return params.sequence(batch);
+  }
 
   __device__ __forceinline__ SegmentList segments(const ForwardParams& params, int /*batch*/, int /*head*/,
                                                   const QueryTile& queries) const {
@@ -42,7 +49,6 @@ struct ChunkKeys {
 // Select-and-merge attention: the queries' own group, and the list of its regions. Rows are attended as they are.
 struct RegionKeys {
   static constexpr bool kRotatesQueries = false;
-  static constexpr bool kRagged = false;
 
   AttendedRegions lists;
   // Hopper only: the rows of a region that the copy engine brings at once, a divisor of the key tile.
@@ -50,6 +56,13 @@ struct RegionKeys {
   // Hopper only: 2^64 / region_size, rounded up. The upper half of the product with a key's index is the index divided
   // by region_size, without error as long as both have 31 bits.
   uint64_t reciprocal;
+
+  // Behind a sequence's last key.
+  __device__ __forceinline__ bool ends_in_zeros(const ForwardParams& /*params*/) const { return true; }
+
+  __device__ __forceinline__ Sequence sequence(const ForwardParams& params, int batch) const {
+    return params.sequence(batch);
+  }
 
   __device__ __forceinline__ SegmentList segments(const ForwardParams& /*params*/, int batch, int head,
                                                   const QueryTile& queries) const {
@@ -97,14 +110,18 @@ struct RegionKeys {
 // Dual chunk attention to a cache: the device alone knows lengths and pages. Hopper only.
 struct CacheKeys {
   static constexpr bool kRotatesQueries = true;
-  static constexpr bool kRagged = true;
+  static constexpr bool kInBoxes = true;
 
   KeyValueCache cache;
   int seqlen_new;  // tokens that were appended since cache_seqlens were counted
   int box_rows;    // a divisor of the key tile, which with a block table divides pages and chunks, too
 
-  __device__ __forceinline__ int seqlen_k(int batch) const {
-    return sequence_lengths(cache.capacity, seqlen_new, __ldg(cache.cache_seqlens + batch)).total;
+  // Behind a sequence's last key.
+  __device__ __forceinline__ bool ends_in_zeros(const ForwardParams& /*params*/) const { return false; }
+
+  __device__ __forceinline__ Sequence sequence(const ForwardParams& params, int batch) const {
+    const int seqlen_k = sequence_lengths(cache.capacity, seqlen_new, __ldg(cache.cache_seqlens + batch)).total;
+    return {0, 0, params.shape.seqlen_q, seqlen_k};
   }
 
   __device__ __forceinline__ SegmentList segments(const ForwardParams& params, int /*batch*/, int /*head*/,

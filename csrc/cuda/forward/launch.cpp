@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 
 #include "cuda/common/device.h"
+#include "cuda/common/packed_sequences.h"
 #include "cuda/forward/launchers.h"
 #include "cuda/select_merge/attended_regions.h"
 #include "group_attention.h"
@@ -17,6 +18,11 @@ struct DcaLauncher {
 
   template <typename T, int kHeadDim>
   const char* launch(const VectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) const {
+    if (params.packed()) {
+      if (params.shape.batch == 0) return nullptr;
+      if (const char* failure = launch_packed_queries(params, plan.tile_m, stream)) return failure;
+      if (params.total_k == 0) return nullptr;  // no query sees a key
+    }
     return plan.kind == KernelChoice::kHopper ? launch_forward_sm90<T, kHeadDim>(params, vectorized, plan, stream)
                                               : launch_forward_sm80<T, kHeadDim>(params, vectorized, plan, stream);
   }

@@ -60,7 +60,7 @@ inline const char* encode_maps(const ForwardParams& params, const VectorPaths& v
   const char* failure = encode_row_map(key_map, k, params.dtype, key_rows);
   if (failure == nullptr) failure = encode_row_map(value_map, v, params.dtype, key_rows);
   if (failure == nullptr && vectorized.out) {
-    const RowTensor out{params.out, params.out_strides, shape.batch, shape.seqlen_q, shape.heads, shape.head_dim};
+    const RowTensor out{params.out, params.out_strides, params.entries(), params.rows_q(), shape.heads, shape.head_dim};
     constexpr int kWarpgroupRows = 64;
     failure = encode_row_map(output_map, out, params.dtype, kWarpgroupRows);
   }
@@ -81,8 +81,8 @@ const char* launch_forward_sm90(const ForwardParams& params, const VectorPaths& 
   using Kernel = ForwardSm90<T, kHeadDim, ChunkKeys>;
   const TileSchedule schedule = make_tile_schedule(params, plan.tile_m);
   CUtensorMap key_map, value_map, output_map{};
-  const char* failure = encode_maps(params, vectorized, params.shape.batch, params.shape.seqlen_k, plan.tile_n,
-                                    &key_map, &value_map, &output_map);
+  const char* failure = encode_maps(params, vectorized, params.entries(), params.rows_k(), plan.tile_n, &key_map,
+                                    &value_map, &output_map);
   if (failure != nullptr) return failure;
   return launch_tiles<Kernel>(&dca_forward_sm90<T, kHeadDim>, schedule, params.tile_counter, stream, params, vectorized,
                               schedule, key_map, value_map, output_map);

@@ -1,6 +1,7 @@
 // Rotates raw keys, each by row position % stride of the table, into a copy of their own.
 #include <cuda_runtime.h>
 
+#include "cuda/common/packed_sequences.h"
 #include "cuda/common/rotary.cuh"
 #include "kernels.h"
 
@@ -12,25 +13,34 @@ constexpr int kThreads = 256;
 
 __host__ __device__ inline int units_per_row(int head_dim) { return (head_dim + 2 * kChunk - 1) / (2 * kChunk); }
 
+// The position of a row of k in its sequence; negative where it is nobody's.
+__device__ __forceinline__ int key_position(const ForwardParams& params, int row) {
+  if (!params.packed()) return row;
+  const Sequence sequence = params.sequence(sequence_of_row(params.cu_seqlens_k, params.shape.batch, row));
+  const int64_t position = row - sequence.first_k;
+  return position < sequence.seqlen_k ? static_cast<int>(position) : -1;
+}
+
 // One thread per unit of a row (rotary.cuh), or per 16 elements where rows are not aligned.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rotate_keys_kernel(const __grid_constant__ ForwardParams params, T* rotated,
                                                                const Strides rotated_strides, bool vectorized) {
   const int head_dim = params.shape.head_dim;
   const int units = units_per_row(head_dim);
-  const int64_t per_batch = static_cast<int64_t>(params.shape.seqlen_k) * params.shape.kv_heads * units;
+  const int64_t per_batch = static_cast<int64_t>(params.rows_k()) * params.shape.kv_heads * units;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= per_batch) return;
   const int unit_index = static_cast<int>(index % units);
   const int64_t token_head = index / units;
   const int head = static_cast<int>(token_head % params.shape.kv_heads);
-  const int position = static_cast<int>(token_head / params.shape.kv_heads);
+  const int key = static_cast<int>(token_head / params.shape.kv_heads);
+  const int position = key_position(params, key);
+  if (position < 0) return;
   const int row = params.geometry.key_row(position);
-  for (int batch = blockIdx.y; batch < params.shape.batch; batch += gridDim.y) {
-    const T* source = static_cast<const T*>(params.k) + batch * params.k_strides.batch +
-                      position * params.k_strides.seq + head * params.k_strides.head;
-    T* destination =
-        rotated + batch * rotated_strides.batch + position * rotated_strides.seq + head * rotated_strides.head;
+  for (int batch = blockIdx.y; batch < params.entries(); batch += gridDim.y) {
+    const T* source = static_cast<const T*>(params.k) + batch * params.k_strides.batch + key * params.k_strides.seq +
+                      head * params.k_strides.head;
+    T* destination = rotated + batch * rotated_strides.batch + key * rotated_strides.seq + head * rotated_strides.head;
     if (vectorized) {
       const RotaryUnit unit = rotary_unit(params.rotary, unit_index);
       const bool has_second = unit.second < head_dim;
@@ -51,10 +61,11 @@ __global__ void __launch_bounds__(kThreads) rotate_keys_kernel(const __grid_cons
 template <typename T>
 const char* launch(const ForwardParams& params, void* rotated, const Strides& rotated_strides, cudaStream_t stream) {
   const int head_dim = params.shape.head_dim;
-  const int64_t threads = static_cast<int64_t>(params.shape.seqlen_k) * params.shape.kv_heads * units_per_row(head_dim);
+  const int64_t threads = static_cast<int64_t>(params.rows_k()) * params.shape.kv_heads * units_per_row(head_dim);
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   if (blocks > INT32_MAX) return "k has too many elements for one launch";
-  const dim3 grid(static_cast<unsigned>(blocks), params.shape.batch < 65535 ? params.shape.batch : 65535);
+  if (blocks == 0 || params.shape.batch == 0) return nullptr;
+  const dim3 grid(static_cast<unsigned>(blocks), params.entries() < 65535 ? params.entries() : 65535);
   const bool vectorized = rows_aligned(params.k, params.k_strides, head_dim) &&
                           rows_aligned(rotated, rotated_strides, head_dim) && rotation_aligned(params.rotary);
   rotate_keys_kernel<T><<<grid, kThreads, 0, stream>>>(params, static_cast<T*>(rotated), rotated_strides, vectorized);

@@ -84,7 +84,7 @@ class RowCandidates {
   // Whether some row has no room for another tile of kColumns. The same for all lanes.
   template <int kColumns>
   __device__ __forceinline__ bool full() const {
-    const int most = most_stored<kColumns>();
+    const int most = most_stored(capacity_, kColumns);
     return __any_sync(0xffffffffu, stored(0) > most || stored(1) > most);
   }
 
@@ -92,7 +92,7 @@ class RowCandidates {
   template <int kColumns>
   __device__ __forceinline__ void reduce() {
     __syncwarp();  // what other lanes appended
-    const int few = (most_stored<kColumns>() + (top_k_ + reduction_slack(top_k_)) / 4) / 2;
+    const int few = (most_stored(capacity_, kColumns) + (top_k_ + reduction_slack(top_k_)) / 4) / 2;
     reduce_rows(rows_of_quads(stored(0) > few) | rows_of_quads(stored(1) > few) << 8, nullptr);
   }
 
@@ -124,11 +124,6 @@ class RowCandidates {
     return static_cast<uint32_t>(first_address(half) >> 32);
   }
   __device__ __forceinline__ int stored(int half) const { return (cursor_[half] - begin(half)) / 32; }
-  // A lane that stored more has no room for its part of a tile.
-  template <int kColumns>
-  __device__ __forceinline__ int most_stored() const {
-    return capacity_ / 4 - kColumns / 4;
-  }
 
   // A row's candidates as the whole warp sees them: lane l has those at l, l + 32, ... that were stored by lane l % 4
   // of the row's quad.
@@ -136,7 +131,7 @@ class RowCandidates {
     const uint64_t* memory;
     int valid;                // how many that lane stored
     uint32_t keys[kPerLane];  // ordered scores; 0, which no score has, where there is no candidate
-    uint64_t candidates[kHolds ? kPerLane : 1];
+    uint32_t regions[kHolds ? kPerLane : 1];
   };
 
   // A bit for each quad in which it holds for a lane.
@@ -156,8 +151,24 @@ class RowCandidates {
   static __device__ __forceinline__ uint32_t key_of(uint64_t candidate) {
     return ordered_bits(__uint_as_float(static_cast<uint32_t>(candidate >> 32)));
   }
-  static __device__ __forceinline__ int region_of(uint64_t candidate) {
-    return static_cast<int>(static_cast<uint32_t>(candidate));
+  static __device__ __forceinline__ uint32_t region_of(uint64_t candidate) { return static_cast<uint32_t>(candidate); }
+  static __device__ __forceinline__ uint64_t candidate_of(uint32_t key, uint32_t region) {
+    return static_cast<uint64_t>(__float_as_uint(from_ordered_bits(key))) << 32 | region;
+  }
+
+  __device__ __forceinline__ void read_row(RowView& row, int index) const {
+    const int mine = index < 8 ? stored(0) : stored(1);
+    row.memory = row_memory(index);
+    row.valid = __shfl_sync(0xffffffffu, mine, index % 8 * 4 + lane() % 4);
+    if constexpr (kInRegisters != 0) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const bool exists = i * 8 + lane() / 4 < row.valid;
+        const uint64_t candidate = exists ? load(row.memory + i * 32 + lane()) : 0;
+        row.keys[i] = exists ? key_of(candidate) : 0;
+        if constexpr (kHolds) row.regions[i] = region_of(candidate);
+      }
+    }
   }
 
   // Calls f(index, key) for the lane's candidates, index counting them.
@@ -181,11 +192,18 @@ class RowCandidates {
     return static_cast<int>(__reduce_add_sync(0xffffffffu, found));
   }
 
+  // Halfway between two keys: between their scores, which finds a threshold sooner, or now and then between their bits,
+  // which always finds it.
+  static __device__ __forceinline__ uint32_t halfway(uint32_t low, uint32_t high, int step) {
+    const uint32_t between = ordered_bits(0.5f * from_ordered_bits(low) + 0.5f * from_ordered_bits(high - 1));
+    return step % 4 != 0 && between > low && between < high ? between : low + (high - low) / 2;
+  }
+
   // All regions before the result, of those whose key is `key`, are `wanted`. Rows have many equal scores rarely.
-  __device__ __forceinline__ int tie_end(const RowView& row, uint32_t key, int wanted) const {
-    int low = 0, high = INT32_MAX;
+  __device__ __forceinline__ uint32_t tie_end(const RowView& row, uint32_t key, int wanted) const {
+    uint32_t low = 0, high = INT32_MAX;
     while (low < high) {
-      const int middle = low + (high - low) / 2;
+      const uint32_t middle = low + (high - low) / 2;
       const int found = count(row, [&](int i, uint32_t other) {
         return other == key && region_of(load(row.memory + i * 32 + lane())) < middle;
       });
@@ -204,35 +222,22 @@ class RowCandidates {
     for (; rows != 0; rows &= rows - 1) reduce_row(__ffs(rows) - 1, lists);
   }
 
-  // Halfway between two keys: between their scores where `step` is odd, which finds a threshold sooner.
-  static __device__ __forceinline__ uint32_t halfway(uint32_t low, uint32_t high, int step) {
-    const uint32_t between = ordered_bits(0.5f * from_ordered_bits(low) + 0.5f * from_ordered_bits(high - 1));
-    return step % 2 != 0 && between > low && between < high ? between : low + (high - low) / 2;
-  }
-
   __device__ __forceinline__ void reduce_row(int index, uint64_t* lists) {
-    const int quad = index % 8 * 4, half = index / 8;
-    const int mine = half == 0 ? stored(0) : stored(1);
     RowView row;
-    row.memory = row_memory(index);
-    row.valid = __shfl_sync(0xffffffffu, mine, quad + lane() % 4);
-    if constexpr (kInRegisters != 0) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const bool exists = i * 8 + lane() / 4 < row.valid;
-        const uint64_t candidate = exists ? load(row.memory + i * 32 + lane()) : 0;
-        row.keys[i] = exists ? key_of(candidate) : 0;
-        if constexpr (kHolds) row.candidates[i] = candidate;
-      }
-    }
-    uint32_t largest = 0;
-    for_each(row, [&](int, uint32_t key) { largest = key > largest ? key : largest; });
-    // At least top_k candidates reach `low`, fewer reach `high`; or all are kept.
-    uint32_t low = __shfl_sync(0xffffffffu, ordered_bits(half == 0 ? threshold_[0] : threshold_[1]), quad);
+    read_row(row, index);
+    uint32_t smallest = UINT32_MAX, largest = 0;
+    for_each(row, [&](int, uint32_t key) {
+      largest = key > largest ? key : largest;
+      smallest = key - 1 < smallest ? key - 1 : smallest;  // what is no candidate becomes the largest
+    });
+    // At least top_k candidates reach `low`, fewer (`better`) reach `high`; or all are kept.
+    uint32_t low = ordered_bits(__shfl_sync(0xffffffffu, index < 8 ? threshold_[0] : threshold_[1], index % 8 * 4));
+    const uint32_t lowest = __reduce_min_sync(0xffffffffu, smallest) + 1;
+    low = lowest > low ? lowest : low;
     uint32_t high = __reduce_max_sync(0xffffffffu, largest) + 1;
+    int kept = static_cast<int>(__reduce_add_sync(0xffffffffu, row.valid)) / 8;  // eight lanes see each quarter
+    int better = 0;
     const int allowed = top_k_ + (lists == nullptr ? reduction_slack(top_k_) : 0);
-    int kept = count(row, [&](int, uint32_t key) { return key >= low; });
-    int better = 0;  // reach `high`
     for (int step = 1; kept > allowed && high - low > 1; ++step) {
       const uint32_t middle = halfway(low, high, step);
       const int reaching = count(row, [&](int, uint32_t key) { return key >= middle; });
@@ -244,17 +249,27 @@ class RowCandidates {
         better = reaching;
       }
     }
-    int end_of_ties = INT32_MAX;
+    uint32_t end_of_ties = UINT32_MAX;
     if (kept > allowed) {  // all keys below `high` equal `low`
       end_of_ties = tie_end(row, low, top_k_ - better);
       kept = top_k_;
     }
+    if (lists != nullptr) {
+      write_row(row, low, end_of_ties, lists + static_cast<int64_t>(index) * top_k_, true);
+      return;
+    }
+    write_row(row, low, end_of_ties, row_memory(index), false);
+    __syncwarp();
+    if (lane() / 4 == index % 8) move_on(index / 8, from_ordered_bits(low), kept);
+  }
 
-    uint64_t* target = lists == nullptr ? row_memory(index) : lists + static_cast<int64_t>(index) * top_k_;
+  // Writes the candidates that are kept one behind the other. As entries of a finished list, with zeros behind them.
+  __device__ __forceinline__ void write_row(const RowView& row, uint32_t low, uint32_t end_of_ties, uint64_t* target,
+                                            bool finished) {
     int written = 0;
     // What is written lies before what is still to be read: the target may be the row itself.
     const auto reread = [&](int i, uint32_t key) {
-      if constexpr (kHolds) return row.candidates[i];
+      if constexpr (kHolds) return candidate_of(key, row.regions[i]);
       return key >= low ? load(row.memory + i * 32 + lane()) : 0;
     };
     const auto write = [&](uint32_t key, uint64_t candidate) {
@@ -262,7 +277,7 @@ class RowCandidates {
       const uint32_t keepers = __ballot_sync(0xffffffffu, keep);
       if (keep) {
         const int place = written + __popc(keepers & ((1u << lane()) - 1));
-        target[place] = lists == nullptr ? candidate : list_entry(key, region_of(candidate));
+        target[place] = finished ? list_entry(key, static_cast<int>(region_of(candidate))) : candidate;
       }
       written += __popc(keepers);
     };
@@ -278,21 +293,18 @@ class RowCandidates {
     } else {
       for_each(row, [&](int i, uint32_t key) { write(key, reread(i, key)); });
     }
-    if (lists != nullptr) {
-      for (int i = written + lane(); i < top_k_; i += 32) target[i] = 0;
-      return;
-    }
-    __syncwarp();
-    if (lane() / 4 == index % 8) {
-      const float threshold = from_ordered_bits(low);
-      const uint32_t cursor = begin(half) + (kept - lane() % 4 + 3) / 4 * 32;
-      if (half == 0) {
-        threshold_[0] = threshold;
-        cursor_[0] = cursor;
-      } else {
-        threshold_[1] = threshold;
-        cursor_[1] = cursor;
-      }
+    for (int i = written + lane(); finished && i < top_k_; i += 32) target[i] = 0;
+  }
+
+  // Of a lane's row, which has `kept` candidates left.
+  __device__ __forceinline__ void move_on(int half, float threshold, int kept) {
+    const uint32_t cursor = begin(half) + (kept - lane() % 4 + 3) / 4 * 32;
+    if (half == 0) {
+      threshold_[0] = threshold;
+      cursor_[0] = cursor;
+    } else {
+      threshold_[1] = threshold;
+      cursor_[1] = cursor;
     }
   }
 };

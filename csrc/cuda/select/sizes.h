@@ -57,6 +57,9 @@ CHUNKATTN_HOST_DEVICE int64_t merge_ints(int slots, int top_k) { return 2 * stat
 // A reduction may leave so many more than the row lists.
 CHUNKATTN_HOST_DEVICE int reduction_slack(int listed) { return listed / 8 + 16; }
 
+// A quarter of a row belongs to each lane of its quad. One that stored more has no room for its part of a tile.
+CHUNKATTN_HOST_DEVICE int most_stored(int capacity, int columns) { return capacity / 4 - columns / 4; }
+
 inline int candidates_per_row(int listed) {
   int capacity = kFewInRegisters;
   while (capacity < listed + listed / 4 + reduction_slack(listed) + 2 * kLargestTileColumns) capacity *= 2;

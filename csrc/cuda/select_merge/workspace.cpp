@@ -41,21 +41,23 @@ SelectMergeBackwardWorkspace select_merge_backward_workspace(const SelectMergeBa
   BackwardWorkspace& queries = workspace.queries;
 
   // Queries attend to lists as they are, too, and have one gradient.
-  queries.rows = {forward.geometry, 0, 1, 0, INT_MAX};
+  queries.rows = {forward.geometry, 0, INT_MAX, 0, {0, 0, 0}};
   queries.dk_rotated = true;
   Carver carver(memory);
-  float* const dq = carver.take<float>(planes * GradientPieces{shape.seqlen_q, shape.head_dim}.plane());
-  for (RegimeQueries& regime : queries.regimes) regime = {forward.q, forward.q_strides, dq, shape.seqlen_q};
+  queries.zeroed = carver.take<void>(0, 1);
   const int64_t sums = kv_planes * GradientPieces{shape.seqlen_k, shape.head_dim}.plane();
   keys.dk = carver.take<float>(sums);
   keys.dv = carver.take<float>(sums);
   if (deterministic) {
     const QueryTiling tiling{forward.geometry, 0, shape.seqlen_k, kBackwardSmallestTileM};
-    queries.turns = carver.take<int>(planes * tiling.count());
+    queries.turns_per_plane = tiling.count();
+    queries.turns = carver.take<int>(planes * queries.turns_per_plane);
     keys.dk_turns = carver.take<int>(kv_planes);
     keys.dv_turns = carver.take<int>(kv_planes);
   }
   queries.zeroed_bytes = carver.used();
+  float* const dq = carver.take<float>(planes * GradientPieces{shape.seqlen_q, shape.head_dim}.plane());
+  for (RegimeQueries& regime : queries.regimes) regime = {forward.q, forward.q_strides, dq, shape.seqlen_q};
   queries.delta = carver.take<float>(planes * shape.seqlen_q);
   workspace.lists = take_lists(carver, params.forward);
   *bytes = carver.used();
