@@ -15,7 +15,9 @@ the bytes of the keys and values that are attended to.
 
 import argparse
 import sys
+import time
 
+import common
 import torch
 from common import (
     Shape,
@@ -24,7 +26,6 @@ from common import (
     make_clock,
     make_header,
     make_row,
-    measure_ceilings,
     print_absent,
     print_rows,
     time_interleaved,
@@ -146,7 +147,7 @@ def measure(shape, options, sizes, clock, failed):
         decoding = Decoding(shape, selection, sizes, options.device)
         error, good = decoding.error()
         if not good:
-            failed.append({"impl": names[0], "shape": str(shape), "reason": f"output is off by {error:.3g}"})
+            failed.append({"impl": names[0], "shape": str(shape), "error": f"output is off by {error:.3g}"})
             continue
         functions = {
             "select-merge": decoding.group,
@@ -182,7 +183,8 @@ def parse_arguments(argv):
     parser.add_argument("--merge", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each implementation and shape")
-    parser.add_argument("--json", help="file to write the results to")
+    parser.add_argument("--time-limit", type=float, help="seconds after which no further shape is begun")
+    parser.add_argument("--json", metavar="PATH", help="result file")
     return parser.parse_args(argv)
 
 
@@ -195,23 +197,29 @@ def main(argv=None):
         raise SystemExit("decoding takes shapes with one query, such as s1/1024k-h32/8-d128")
     sizes = {"region_size": options.region_size, "top_k": options.top_k, "merge": options.merge}
     clock = make_clock(options.device)
-    ceilings = measure_ceilings(options.device, clock)
+    ceilings = common.measure_ceilings(options.device, clock)
     rows, failed, absent = [], [], {}
     if cuda and "select_merge_with_kvcache" not in chunkattn._ops.CUDA_OPERATORS:
         absent["select-merge"] = "this build of chunkattn has no CUDA kernels of it"
         options.impls = [name for name in options.impls if name == "dense"]
+    settings = {"rounds": options.rounds, "seconds": options.seconds}
+    header = make_header("select_merge_decode", options.device, ceilings, **settings)
+    start = time.monotonic()
     for shape in shapes:
+        if options.time_limit and time.monotonic() - start > options.time_limit:
+            failed.append({"impl": "all", "shape": str(shape), "error": "not run: the time limit was reached"})
+            continue
         of_shape = measure(shape, options, sizes, clock, failed)
         print_rows(str(shape), of_shape, ceilings)
         rows += of_shape
         if cuda:
             torch.cuda.empty_cache()
+        if options.json:
+            write_results(options.json, header, rows, absent, failed)
     print_absent(absent)
     for failure in failed:
         console.print(f"failed: {failure}", markup=False, highlight=False)
     if options.json:
-        settings = {"rounds": options.rounds, "seconds": options.seconds}
-        header = make_header("select_merge_decode", options.device, ceilings, **settings)
         write_results(options.json, header, rows, absent, failed)
     return 1 if failed else 0
 

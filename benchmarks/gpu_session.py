@@ -4,9 +4,9 @@
 
 Stages: pytest (the GPU suite), sanitizer (compute-sanitizer over tests/gpu/sanitize_sweep.py), forward
 (benchmark_forward.py) and, when asked for, backward (benchmark_backward.py), varlen (benchmark_varlen.py), decode
-(benchmark_decode.py), select_merge (benchmark_select_merge.py), finetune (benchmark_finetune.py) and ncu (a profile of
-one shape). A stage that fails or runs out of time does not stop the others. Logs and result files go to the output
-folder, the summary comes last, and the exit status is 1 if a stage
+(benchmark_decode.py), select_merge (benchmark_select_merge.py), select_merge_decode (benchmark_select_merge_decode.py),
+finetune (benchmark_finetune.py) and ncu (a profile of one shape). A stage that fails or runs out of time does not stop
+the others. Logs and result files go to the output folder, the summary comes last, and the exit status is 1 if a stage
 failed.
 """
 
@@ -27,10 +27,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["pytest", "sanitizer", "forward", "backward", "varlen", "decode", "select_merge", "finetune", "ncu"]
+STAGES = ["pytest", "sanitizer", "forward", "backward", "varlen", "decode", "select_merge", "select_merge_decode"]
+STAGES += ["finetune", "ncu"]
 PASSES = ["forward", "backward", "decode"]
 BESIDE_PEERS = [*PASSES, "varlen", "select_merge"]
-BENCHMARKS = [*BESIDE_PEERS, "finetune"]
+BENCHMARKS = [*BESIDE_PEERS, "select_merge_decode", "finetune"]
 DEFAULT_STAGES = ["pytest", "sanitizer", "forward"]
 TAIL_LINES = 40
 SANITIZER_SHARES = 7  # processes of one tool at a time: it is the host that a sanitizer keeps busy
@@ -256,6 +257,7 @@ def parse_arguments(argv):
         "varlen": 120,
         "decode": 120,
         "select_merge": 120,
+        "select_merge_decode": 60,
         "finetune": 200,
         "ncu": 100,
     }

@@ -76,7 +76,9 @@ struct TokenSpans {
 
   // Span `index` of the tokens at [begin, end); empty behind the last.
   CHUNKATTN_HOST_DEVICE TokenSpan span(int begin, int end, int index) const {
-    const int64_t size = single_tokens ? 1 : geometry.group_tokens();
+    // Larger groups than positions have bits hold all tokens, too.
+    const int64_t group = geometry.group_tokens(), most = int64_t{1} << 31;
+    const int64_t size = single_tokens ? 1 : group < most ? group : most;
     const int64_t first = single_tokens ? begin : begin / size * size;
     const int64_t from = first + index * size;
     const int64_t to = from + size;

@@ -23,6 +23,7 @@ benchmark_backward = importlib.import_module("benchmark_backward")
 benchmark_decode = importlib.import_module("benchmark_decode")
 benchmark_forward = importlib.import_module("benchmark_forward")
 benchmark_select_merge = importlib.import_module("benchmark_select_merge")
+benchmark_select_merge_decode = importlib.import_module("benchmark_select_merge_decode")
 benchmark_varlen = importlib.import_module("benchmark_varlen")
 gpu_session = importlib.import_module("gpu_session")
 sanitize_sweep = importlib.import_module("sanitize_sweep")
@@ -406,6 +407,56 @@ class TestBackward:
 
 
 @pytest.mark.usefixtures("quick_ceilings")
+class TestSelectMergeDecode:
+    def run(self, path, *arguments):
+        quick = [
+            "--device",
+            "cpu",
+            "--region-size",
+            "4",
+            "--top-k",
+            "5",
+            "--merge",
+            "6",
+            "--rounds",
+            "2",
+            "--seconds",
+            "0",
+        ]
+        status = benchmark_select_merge_decode.main([*quick, "--json", str(path), *arguments])
+        return status, json.loads(path.read_text())
+
+    def test_results(self, tmp_path, quick_ceilings):
+        status, results = self.run(tmp_path / "decode.json", "--shape", "s1/250-h4/2-d16", "b2-s1/100-h2-d8")
+        assert status == 0
+        assert results["failed"] == []
+        assert [row["impl"] for row in results["rows"]] == 2 * benchmark_select_merge_decode.IMPLS
+        for row in results["rows"]:
+            assert row["pass"] == "decode"
+            assert row["gbps"] > 0
+            if row["impl"] != "dense":
+                assert 0 < row["max_error"] < 1e-5
+                assert (row["region_size"], row["top_k"], row["merge"]) == (4, 5, 6)
+
+    def test_wrong_steps_are_not_timed(self, tmp_path, quick_ceilings, monkeypatch):
+        attend = chunkattn.SelectMergeCache.attend
+        monkeypatch.setattr(chunkattn.SelectMergeCache, "attend", lambda self, *rows: attend(self, *rows) + 0.01)
+        status, results = self.run(tmp_path / "decode.json", "--shape", "s1/250-h4/2-d16")
+        assert status == 1
+        assert results["rows"] == []
+        assert "output is off by 0.01" in results["failed"][0]["error"]
+
+    def test_time_limit(self, tmp_path, quick_ceilings):
+        shapes = ["s1/250-h4/2-d16", "b2-s1/100-h2-d8"]
+        status, results = self.run(tmp_path / "decode.json", "--time-limit", "1e-9", "--shape", *shapes)
+        assert status == 1
+        assert [failure["error"] for failure in results["failed"]] == 2 * ["not run: the time limit was reached"]
+
+    def test_refuses_prompts(self, tmp_path):
+        with pytest.raises(SystemExit, match="takes shapes with one query"):
+            self.run(tmp_path / "decode.json", "--shape", "s10-h2-d8")
+
+
 class TestDecode:
     def run(self, path, *arguments):
         quick = ["--device", "cpu", "--dca", "96:32", "--seconds", "0", "--rounds", "2", "--prefill-chunk", "60"]

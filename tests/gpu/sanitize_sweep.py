@@ -182,6 +182,62 @@ class SelectMerge:
 
 
 @dataclass(frozen=True)
+class SelectMergeSteps:
+    """Steps that end at `ends`, over one cache."""
+
+    ends: tuple[int, ...]
+    head_dim: int
+    page_size: int | None = None
+    region_size: int = 4
+    top_k: int = 5
+    merge: int = 6
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    eligibility: str = "group"
+    selection: str = "causal"
+    index_heads: str = "kv"
+
+    operators = ("select_merge_with_kvcache",)
+
+    def check(self, seed):
+        seq = self.ends[-1]
+        rows = normal(
+            seed, self.dtype, *((self.batch, seq, n, self.head_dim) for n in (self.heads, *2 * [self.kv_heads]))
+        )
+        # Scores of integers are exact: what ties here ties there.
+        generator = torch.Generator().manual_seed(seed)
+        for like in rows[:2]:
+            drawn = torch.randint(-1, 2, like.shape, generator=generator)
+            rows.append((drawn * self.region_size).to(self.dtype))
+        names = ("region_size", "top_k", "merge", "eligibility", "selection")
+        options = {name: getattr(self, name) for name in names} | {"heads": self.index_heads}
+
+        def call(cache, rows):
+            outs, lses, begin = [], [], 0
+            for end in self.ends:
+                q, k, v, select_q, select_k = (x[:, begin:end] for x in rows)
+                out, lse = cache.attend(q, k, v, select_q=select_q, select_k=select_k, return_lse=True)
+                outs.append(out)
+                lses.append(lse)
+                begin = end
+            return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
+
+        def run(device):
+            cache = chunkattn.SelectMergeCache(
+                self.batch, self.kv_heads, self.head_dim, seq, query_heads=self.heads, page_size=self.page_size,
+                dtype=self.dtype, device=device, **options,
+            )  # fmt: skip
+            return call(cache, to_device(rows, device))
+
+        twin = reference.SelectMergeCache
+        expected = call(twin(self.batch, **options), [x.double() for x in rows])
+        plain = call(twin(self.batch, **options), rows)
+        return Check(("out", "lse"), expected, tolerances(expected, plain, self.dtype), run)
+
+
+@dataclass(frozen=True)
 class Check:
     """What a problem's results are compared with; run(device) computes them."""
 
@@ -254,6 +310,13 @@ PROBLEMS = [
     SelectMerge(400, 64, region_size=24, top_k=8, merge=7, batch=2),
     SelectMerge(400, 64, region_size=24, top_k=8, merge=7, index_heads="q", dtype=torch.float16),
     SelectMerge(900, 128, region_size=1, top_k=130, merge=48),
+    SelectMergeSteps((70, 71, 72, 73, 96, 97), 64),
+    SelectMergeSteps((1, 100, 130), 128, page_size=16, merge=3, heads=8, kv_heads=1),
+    SelectMergeSteps((61, 62), 96, region_size=3, top_k=4, merge=7, eligibility="row", index_heads="q"),
+    SelectMergeSteps((150, 153, 160), 256, region_size=1, top_k=40, merge=16, dtype=torch.float16),
+    SelectMergeSteps((340, 341), 128, page_size=64, region_size=16, top_k=3, merge=4),
+    SelectMergeSteps((90, 91), 17, selection="query", page_size=8),
+    SelectMergeSteps((1300, 1301), 40, region_size=1, top_k=600, merge=20, batch=1),
 ]
 
 
