@@ -67,7 +67,7 @@ class Shape:
     def flops(self, pass_="forward"):
         """Causal FLOPs, as FlashAttention counts them: 2 B H N N D for N queries and N keys."""
         pairs = self.seq_q * (self.seq_k - self.seq_q / 2)
-        return 4 * self.batch * self.heads * pairs * self.head_dim * FLOPS[pass_]
+        return 4 * self.batch * self.heads * pairs * self.head_dim * FLOPS.get(pass_, 1)
 
     def random_inputs(self, device, seed=0):
         """q [B, Sq, H, D], k and v [B, Sk, Hkv, D], normally distributed."""
