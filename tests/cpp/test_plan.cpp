@@ -177,7 +177,8 @@ void test_portable_backward_classes() {
     };
     for (int compute_capability : {80, 86, 87, 89, 90, 100, 120}) {
       const bool small = compute_capability == 86 || compute_capability == 89 || compute_capability == 120;
-      const bool large = head_dim == 256 && compute_capability >= 90 && !small;
+      // Later devices run PTX for sm_80, which has no size that takes more than sm_80's shared memory.
+      const bool large = head_dim == 256 && compute_capability == 90;
       CHECK((shared_memory(compute_capability) > 99 * 1024) == !small, "head_dim ", head_dim);
       CHECK((shared_memory(compute_capability) > 163 * 1024) == large, "head_dim ", head_dim);
     }

@@ -14,11 +14,13 @@ namespace chunkattn::cuda {
 namespace {
 
 // The kilobytes of shared memory that a thread block may take (CUDA C++ Programming Guide, technical specifications per
-// compute capability).
+// compute capability). Devices after sm_90 run PTX for sm_80, in which the size for 227 is left empty
+// (is_launched_here): they take that for 163.
 int shared_kilobytes(int compute_capability) {
+  if (compute_capability == 90) return 227;
   if (compute_capability == 80 || compute_capability == 87) return 163;
   const int major = compute_capability / 10;
-  return major == 8 || major == 12 ? 99 : 227;
+  return major == 8 || major == 12 ? 99 : 163;
 }
 
 template <int kHeadDim, int kSharedKilobytes>

@@ -11,11 +11,11 @@ constexpr int kBackwardHeadDims[] = {64, 128, 256};
 // The bounds that workspaces, made before a kernel is chosen, may rely on.
 constexpr int kBackwardSmallestTileM = 32, kBackwardLargestTileM = 128;
 
-// mma.sync, by the kilobytes of shared memory a block may take: 227 (sm_90, sm_100 and their like), 163 (sm_80, sm_87)
-// or 99 (sm_86, sm_89, sm_120). dK and dV of a key tile stay in registers, 128 of a thread at head_dim 128 and 256, and
-// S and dP take 64 to 128 more, so that a multiprocessor holds one block. k...Rows: warps one below the other in a
-// product's result, the others side by side. Larger parts per warp use each fragment more often, and more keys in a
-// tile mean fewer additions to dQ. With two stages the next Q or dO is copied while this one is used.
+// mma.sync, by the kilobytes of shared memory a block takes: 227 (sm_90), 163 (sm_80, sm_87, and sm_100 from the same
+// PTX) or 99 (sm_86, sm_89, sm_120). dK and dV of a key tile stay in registers, 128 of a thread at head_dim 128 and
+// 256, and S and dP take 64 to 128 more, so that a multiprocessor holds one block. k...Rows: warps one below the other
+// in a product's result, the others side by side. Larger parts per warp use each fragment more often, and more keys in
+// a tile mean fewer additions to dQ. With two stages the next Q or dO is copied while this one is used.
 template <int kHeadDim, int kSharedKilobytes>
 struct BackwardSm80Tile;
 
