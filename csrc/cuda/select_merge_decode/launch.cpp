@@ -31,7 +31,8 @@ const char* plan(const SelectMergeDecodeParams& params, StepPlan* plan, size_t* 
   if (const char* failure = multiprocessors(&count)) return failure;
   if (const char* failure = compute_capability(&capability)) return failure;
   if (const char* failure = plan_step(params, count, plan)) return failure;
-  plan->dependent_launch = capability >= 90;
+  // Later devices run PTX for sm_80, whose kernels do not wait for those before them.
+  plan->dependent_launch = capability == 90;
   *decode_bytes = 0;
   if (params.attends && params.heads > 0) decode_workspace(decode_params(params, *plan, {}), nullptr, decode_bytes);
   return nullptr;
