@@ -78,16 +78,19 @@ _modes = {
     "heads_mode": st.sampled_from(HEADS),
     "seed": st.integers(0, 1000),
 }
+random_sizes = {
+    "batch": st.integers(1, 2),
+    "heads": st.just(6),
+    "kv_heads": st.sampled_from([1, 2, 3, 6]),
+    "head_dim": st.integers(1, 70),
+    "region_size": st.integers(1, 20),
+    "top_k": st.integers(1, 20),
+    "merge": st.integers(1, 12),
+}
 random_cases = st.builds(
     SelectMergeCase,
     seqlen=st.integers(1, 200),
-    batch=st.integers(1, 2),
-    heads=st.just(6),
-    kv_heads=st.sampled_from([1, 2, 3, 6]),
-    head_dim=st.integers(1, 70),
-    region_size=st.integers(1, 20),
-    top_k=st.integers(1, 20),
-    merge=st.integers(1, 12),
+    **random_sizes,
     **_modes,
 )
 # Sizes that the kernels of Hopper take, several tiles, and lists so long that short ones are tried first.

@@ -78,3 +78,28 @@ def test_speed_tables(results, header, columns):
         # Of the settings of DCA the table shows the paper's, the first one measured.
         measured.setdefault((shape, row["impl"]), f"{row['tflops']:.0f}")
     assert rows == {shape: [measured[shape, impl] for impl in columns] for shape in rows}
+
+
+def test_decode_table():
+    rows = table_below("| sequences x keys | chunkattn DCA")
+    measured = {}
+    for row in json.loads((RESULTS / "decode.json").read_text())["rows"]:
+        if row["pass"] == "decode":
+            step = f"{row['batch']} x {row['seq_k'] // 1024}k"
+            measured[step, row["impl"], row["cache"]] = f"{row['gbps']:.0f}"
+    caches = [("chunkattn", cache) for cache in ("rows", "pages of 16", "float8")]
+    caches += [("fa3", "rows"), ("fa3", "pages of 16"), ("composed-fa3", "rows")]
+    assert rows == {step: [measured[step, impl, cache] for impl, cache in caches] for step, _, _ in measured}
+
+
+def test_select_merge_table():
+    rows = table_below("| tokens | chunkattn select-and-merge")
+    measured = {}
+    for row in json.loads((RESULTS / "select_merge.json").read_text())["rows"]:
+        if row["kv_heads"] == 8:
+            measured[f"{row['seq_k']:,}", row["pass"], row["impl"]] = row["ms"]
+    assert rows
+    for tokens, cells in rows.items():
+        forward, dense = (measured.get((tokens, "forward", impl)) for impl in ("chunkattn", "fa3"))
+        share = measured[tokens, "selection", "chunkattn"] / forward
+        assert cells == [f"{forward:.3g}", f"{share:.1%}", f"{dense:.3g}" if dense else "-"]

@@ -6,7 +6,7 @@ from caches import assert_lse_within_rule, lengths, poison, raw_bytes
 from cases import dtypes, skip_without_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from select_merge_cases import CASE, LONG, SelectMergeCase
+from select_merge_cases import CASE, LONG, SelectMergeCase, random_sizes
 from tolerance import assert_within_rule
 from torch import Tensor
 
@@ -395,13 +395,7 @@ def test_cuda_graph_replays_over_groups(cuda):
 random_decoding = st.builds(
     SelectMergeCase,
     seqlen=st.integers(1, 150),
-    batch=st.integers(1, 2),
-    heads=st.just(6),
-    kv_heads=st.sampled_from([1, 2, 3, 6]),
-    head_dim=st.integers(1, 70),
-    region_size=st.integers(1, 20),
-    top_k=st.integers(1, 20),
-    merge=st.integers(1, 12),
+    **random_sizes,
     eligibility=st.sampled_from(["group", "row"]),
     heads_mode=st.sampled_from(["kv", "q"]),
     seed=st.integers(0, 1000),

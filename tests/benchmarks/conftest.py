@@ -11,7 +11,5 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
 
 @pytest.fixture
 def quick_ceilings(monkeypatch):
-    import common
-
     ceilings = {"matmul_tflops": 0.1, "matmul": "1^3 float32", "copy_gbps": 1.0}
-    monkeypatch.setattr(common, "measure_ceilings", lambda device, clock: ceilings)
+    monkeypatch.setattr("common.measure_ceilings", lambda device, clock: ceilings)

@@ -13,6 +13,8 @@ from tiny_models import (
     STRIDE,
     as_near,
     calls_of,
+    check_left_padded_generation,
+    check_padded_steps,
     close,
     logits,
     make_model,
@@ -61,17 +63,7 @@ def test_beam_search_reorders_the_cache(llama):
 
 @pytest.mark.parametrize("side", ["left", "right", "scattered"])
 def test_padded_batch_with_cache_equals_unpadded_rows(llama, side):
-    tokens, mask = padded(side)
-    cache = transformers.DynamicCache(config=llama.config)
-    steps, seen = [], 0
-    for piece in torch.split(tokens, [20, 1, 10, *[1] * 6], dim=1):
-        seen += piece.shape[1]
-        steps.append(logits(llama, piece, attention_mask=mask[:, :seen], past_key_values=cache))
-    batched = torch.cat(steps, dim=1)
-    assert batched.isfinite().all()
-    for row in range(3):
-        real = mask[row].bool()
-        close(batched[row, real], logits(llama, tokens[row, real][None])[0])
+    check_padded_steps(llama, side)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])  # generate() prepares masks differently for these two
@@ -79,12 +71,7 @@ def test_padded_batch_with_cache_equals_unpadded_rows(llama, side):
 def test_left_padded_generation_equals_unpadded_rows(family, cache):
     model = make_model(family)
     enable_dca(model, CHUNK, LOCAL)
-    tokens, mask = padded("left")
-    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache}
-    batched = model.generate(tokens, attention_mask=mask, **options)
-    for row in range(3):
-        alone = model.generate(tokens[row, mask[row].bool()][None], **options)
-        assert torch.equal(batched[row, LENGTH:], alone[0, -5:])
+    check_left_padded_generation(model, cache, new_tokens=5)
 
 
 def test_right_padded_generation_is_refused(llama):

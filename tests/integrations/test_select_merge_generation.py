@@ -10,6 +10,8 @@ from tiny_models import (
     LENGTH,
     as_near,
     calls_of,
+    check_left_padded_generation,
+    check_padded_steps,
     close,
     logits,
     make_model,
@@ -180,17 +182,7 @@ def test_growth_does_not_change_what_is_generated(causal_llama):
 def test_padded_batch_with_cache_equals_unpadded_rows(side, select_on):
     model = make_model()
     enable_select_merge(model, **CAUSAL, select_on=select_on)
-    tokens, mask = padded(side)
-    cache = transformers.DynamicCache(config=model.config)
-    steps, seen = [], 0
-    for piece in torch.split(tokens, [20, 1, 10, *[1] * 6], dim=1):
-        seen += piece.shape[1]
-        steps.append(logits(model, piece, attention_mask=mask[:, :seen], past_key_values=cache))
-    batched = torch.cat(steps, dim=1)
-    assert batched.isfinite().all()
-    for row in range(3):
-        real = mask[row].bool()
-        close(batched[row, real], logits(model, tokens[row, real][None])[0])
+    check_padded_steps(model, side)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])  # generate() prepares masks differently for these two
@@ -199,12 +191,7 @@ def test_padded_batch_with_cache_equals_unpadded_rows(side, select_on):
 def test_left_padded_generation_equals_unpadded_rows(family, cache, settings):
     model = make_model(family)
     enable_select_merge(model, **settings)
-    tokens, mask = padded("left")
-    options = {"max_new_tokens": 15, "do_sample": False, "cache_implementation": cache}
-    batched = model.generate(tokens, attention_mask=mask, **options)
-    for row in range(3):
-        alone = model.generate(tokens[row, mask[row].bool()][None], **options)
-        assert torch.equal(batched[row, LENGTH:], alone[0, -15:])
+    check_left_padded_generation(model, cache, new_tokens=15)
 
 
 def test_right_padded_generation_is_refused(causal_llama):

@@ -122,6 +122,31 @@ def padded(side):
     return tokens * mask, mask
 
 
+def check_padded_steps(model, side):
+    """A padded batch that is read through a cache piece by piece scores as each row without padding."""
+    tokens, mask = padded(side)
+    cache = transformers.DynamicCache(config=model.config)
+    steps, seen = [], 0
+    for piece in torch.split(tokens, [20, 1, 10, *[1] * 6], dim=1):
+        seen += piece.shape[1]
+        steps.append(logits(model, piece, attention_mask=mask[:, :seen], past_key_values=cache))
+    batched = torch.cat(steps, dim=1)
+    assert batched.isfinite().all()
+    for row in range(3):
+        real = mask[row].bool()
+        close(batched[row, real], logits(model, tokens[row, real][None])[0])
+
+
+def check_left_padded_generation(model, cache, new_tokens):
+    """generate() from a left-padded batch says what it says from each row without padding."""
+    tokens, mask = padded("left")
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "cache_implementation": cache}
+    batched = model.generate(tokens, attention_mask=mask, **options)
+    for row in range(3):
+        alone = model.generate(tokens[row, mask[row].bool()][None], **options)
+        assert torch.equal(batched[row, LENGTH:], alone[0, -new_tokens:])
+
+
 def loss_and_gradients(model, tokens, **kwargs):
     model.zero_grad()
     loss = model(tokens, labels=tokens, **kwargs).loss

@@ -5,9 +5,6 @@
 
 namespace chunkattn::cuda {
 
-// The head dims the kernels are compiled for; others run in the next larger one, padded inside the kernel.
-constexpr int kDecodeHeadDims[] = {64, 128, 256};
-
 // Rows are the queries of the heads that share a KV head: 16 to a warp, as mma.sync takes them.
 //
 // Few rows (decoding): every warp has all 16 rows and tiles of keys of its own, and the block adds up at the end. Many
