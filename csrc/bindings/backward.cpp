@@ -48,50 +48,37 @@ std::tuple<Tensor, Tensor, Tensor> backward_on_cuda(const DcaArguments& argument
 }
 #endif
 
+std::tuple<Tensor, Tensor, Tensor> backward(const DcaArguments& arguments, const Tensor& dout, const Tensor& out,
+                                            const Tensor& softmax_lse, [[maybe_unused]] bool deterministic) {
+#ifdef CHUNKATTN_WITH_CUDA
+  if (arguments.q.is_cuda()) return backward_on_cuda(arguments, dout, out, softmax_lse, deterministic);
+#endif
+  return backward_on_cpu(arguments, dout, out, softmax_lse);
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> dca_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                    Tensor softmax_lse, Tensor cos, Tensor sin, int64_t chunk_size,
-                                                    int64_t local_size, std::optional<double> scale,
-                                                    std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
-                                                    bool k_rotated, bool /*deterministic*/) {
+std::tuple<Tensor, Tensor, Tensor> dca_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                Tensor softmax_lse, Tensor cos, Tensor sin, int64_t chunk_size,
+                                                int64_t local_size, std::optional<double> scale,
+                                                std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
+                                                bool k_rotated, bool deterministic) {
   const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
                                local_size, scale, temperature, interleaved, q_rotated, k_rotated};
-  return backward_on_cpu(arguments, dout, out, softmax_lse);
+  return backward(arguments, dout, out, softmax_lse, deterministic);
 }
 
-std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward_cpu(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin,
-    Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t chunk_size,
-    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature, bool interleaved,
-    bool q_rotated, bool k_rotated, bool /*deterministic*/) {
+std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                       Tensor softmax_lse, Tensor cos, Tensor sin, Tensor cu_seqlens_q,
+                                                       Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                       int64_t chunk_size, int64_t local_size,
+                                                       std::optional<double> scale, std::optional<Tensor> temperature,
+                                                       bool interleaved, bool q_rotated, bool k_rotated,
+                                                       bool deterministic) {
   const PackedSequences packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
   const DcaArguments arguments{q,     k,           v,           cos,       sin,       chunk_size, local_size,
                                scale, temperature, interleaved, q_rotated, k_rotated, packed};
-  return backward_on_cpu(arguments, dout, out, softmax_lse);
+  return backward(arguments, dout, out, softmax_lse, deterministic);
 }
-
-#ifdef CHUNKATTN_WITH_CUDA
-std::tuple<Tensor, Tensor, Tensor> dca_backward_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                     Tensor softmax_lse, Tensor cos, Tensor sin, int64_t chunk_size,
-                                                     int64_t local_size, std::optional<double> scale,
-                                                     std::optional<Tensor> temperature, bool interleaved,
-                                                     bool q_rotated, bool k_rotated, bool deterministic) {
-  const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
-                               local_size, scale, temperature, interleaved, q_rotated, k_rotated};
-  return backward_on_cuda(arguments, dout, out, softmax_lse, deterministic);
-}
-
-std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward_cuda(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin,
-    Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t chunk_size,
-    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature, bool interleaved,
-    bool q_rotated, bool k_rotated, bool deterministic) {
-  const PackedSequences packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
-  const DcaArguments arguments{q,     k,           v,           cos,       sin,       chunk_size, local_size,
-                               scale, temperature, interleaved, q_rotated, k_rotated, packed};
-  return backward_on_cuda(arguments, dout, out, softmax_lse, deterministic);
-}
-#endif
 
 }  // namespace chunkattn::bindings

@@ -55,47 +55,35 @@ std::tuple<Tensor, Tensor> forward_on_cuda(const DcaArguments& arguments) {
 }
 #endif
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> dca_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
-                                   int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
-                                   bool interleaved, bool q_rotated, bool k_rotated, bool /*deterministic*/) {
-  const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
-                               local_size, scale, temperature, interleaved, q_rotated, k_rotated};
+std::tuple<Tensor, Tensor> forward(const DcaArguments& arguments) {
+#ifdef CHUNKATTN_WITH_CUDA
+  if (arguments.q.is_cuda()) return forward_on_cuda(arguments);
+#endif
   return forward_on_cpu(arguments);
 }
 
-std::tuple<Tensor, Tensor> dca_varlen_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor cu_seqlens_q,
-                                          Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                          int64_t chunk_size, int64_t local_size, std::optional<double> scale,
-                                          std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
-                                          bool k_rotated, bool /*deterministic*/) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> dca(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
+                               int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
+                               bool interleaved, bool q_rotated, bool k_rotated, bool /*deterministic*/) {
+  const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
+                               local_size, scale, temperature, interleaved, q_rotated, k_rotated};
+  return forward(arguments);
+}
+
+std::tuple<Tensor, Tensor> dca_varlen(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor cu_seqlens_q,
+                                      Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                      int64_t chunk_size, int64_t local_size, std::optional<double> scale,
+                                      std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
+                                      bool k_rotated, bool /*deterministic*/) {
   const PackedSequences packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
   const DcaArguments arguments{q,     k,           v,           cos,       sin,       chunk_size, local_size,
                                scale, temperature, interleaved, q_rotated, k_rotated, packed};
-  return forward_on_cpu(arguments);
+  return forward(arguments);
 }
 
 #ifdef CHUNKATTN_WITH_CUDA
-std::tuple<Tensor, Tensor> dca_cuda(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
-                                    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
-                                    bool interleaved, bool q_rotated, bool k_rotated, bool /*deterministic*/) {
-  const DcaArguments arguments{q,          k,     v,           cos,         sin,       chunk_size,
-                               local_size, scale, temperature, interleaved, q_rotated, k_rotated};
-  return forward_on_cuda(arguments);
-}
-
-std::tuple<Tensor, Tensor> dca_varlen_cuda(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor cu_seqlens_q,
-                                           Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                           int64_t chunk_size, int64_t local_size, std::optional<double> scale,
-                                           std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
-                                           bool k_rotated, bool /*deterministic*/) {
-  const PackedSequences packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
-  const DcaArguments arguments{q,     k,           v,           cos,       sin,       chunk_size, local_size,
-                               scale, temperature, interleaved, q_rotated, k_rotated, packed};
-  return forward_on_cuda(arguments);
-}
-
 void force_kernel(std::string name) { throw_if_failed(cuda::force_kernel(name.c_str())); }
 #endif
 

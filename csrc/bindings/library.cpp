@@ -66,36 +66,31 @@ STABLE_TORCH_LIBRARY(chunkattn, library) {
 #endif
 }
 
-STABLE_TORCH_LIBRARY_IMPL(chunkattn, CPU, library) {
-  library.impl("dca", TORCH_BOX(&bindings::dca_cpu));
-  library.impl("dca_backward", TORCH_BOX(&bindings::dca_backward_cpu));
-  library.impl("dca_varlen", TORCH_BOX(&bindings::dca_varlen_cpu));
-  library.impl("dca_varlen_backward", TORCH_BOX(&bindings::dca_varlen_backward_cpu));
+namespace {
+
+// The functions tell the devices apart.
+template <class Library>
+void implement(Library& library) {
+  library.impl("dca", TORCH_BOX(&bindings::dca));
+  library.impl("dca_backward", TORCH_BOX(&bindings::dca_backward));
+  library.impl("dca_varlen", TORCH_BOX(&bindings::dca_varlen));
+  library.impl("dca_varlen_backward", TORCH_BOX(&bindings::dca_varlen_backward));
   library.impl("dca_with_kvcache", TORCH_BOX(&bindings::dca_with_kvcache));
   library.impl("dca_with_kvcache.out", TORCH_BOX(&bindings::dca_with_kvcache_out));
-  library.impl("select", TORCH_BOX(&bindings::select_cpu));
-  library.impl("select_merge", TORCH_BOX(&bindings::select_merge_cpu));
-  library.impl("select_merge_backward", TORCH_BOX(&bindings::select_merge_backward_cpu));
+  library.impl("select", TORCH_BOX(&bindings::select));
+  library.impl("select_merge", TORCH_BOX(&bindings::select_merge));
+  library.impl("select_merge_backward", TORCH_BOX(&bindings::select_merge_backward));
   library.impl("select_merge_with_kvcache", TORCH_BOX(&bindings::select_merge_with_kvcache));
   library.impl("select_merge_with_kvcache.out", TORCH_BOX(&bindings::select_merge_with_kvcache_out));
   library.impl("select_merge_append", TORCH_BOX(&bindings::select_merge_append));
 }
 
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(chunkattn, CPU, library) { implement(library); }
+
 #ifdef CHUNKATTN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(chunkattn, CUDA, library) {
-  library.impl("dca", TORCH_BOX(&bindings::dca_cuda));
-  library.impl("dca_backward", TORCH_BOX(&bindings::dca_backward_cuda));
-  library.impl("dca_varlen", TORCH_BOX(&bindings::dca_varlen_cuda));
-  library.impl("dca_varlen_backward", TORCH_BOX(&bindings::dca_varlen_backward_cuda));
-  library.impl("dca_with_kvcache", TORCH_BOX(&bindings::dca_with_kvcache));
-  library.impl("dca_with_kvcache.out", TORCH_BOX(&bindings::dca_with_kvcache_out));
-  library.impl("select", TORCH_BOX(&bindings::select_cuda));
-  library.impl("select_merge", TORCH_BOX(&bindings::select_merge_cuda));
-  library.impl("select_merge_backward", TORCH_BOX(&bindings::select_merge_backward_cuda));
-  library.impl("select_merge_with_kvcache", TORCH_BOX(&bindings::select_merge_with_kvcache));
-  library.impl("select_merge_with_kvcache.out", TORCH_BOX(&bindings::select_merge_with_kvcache_out));
-  library.impl("select_merge_append", TORCH_BOX(&bindings::select_merge_append));
-}
+STABLE_TORCH_LIBRARY_IMPL(chunkattn, CUDA, library) { implement(library); }
 
 STABLE_TORCH_LIBRARY_IMPL(chunkattn, CompositeExplicitAutograd, library) {
   library.impl("force_kernel", TORCH_BOX(&bindings::force_kernel));

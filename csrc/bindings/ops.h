@@ -1,5 +1,4 @@
-// The operators, one function per verb and device, or for both where they differ in the kernel alone. Parameters stand
-// in the order of the schemas in library.cpp.
+// The operators, each for all devices. Parameters stand in the order of the schemas in library.cpp.
 #pragma once
 
 #include <optional>
@@ -12,49 +11,33 @@ namespace chunkattn::bindings {
 
 // Return out [batch, seqlen_q, heads, head_dim] and softmax_lse [batch, heads, seqlen_q]. deterministic is for
 // autograd, which hands it on to the backward.
-std::tuple<Tensor, Tensor> dca_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
-                                   int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
-                                   bool interleaved, bool q_rotated, bool k_rotated, bool deterministic);
-std::tuple<Tensor, Tensor> dca_cuda(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
-                                    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
-                                    bool interleaved, bool q_rotated, bool k_rotated, bool deterministic);
+std::tuple<Tensor, Tensor> dca(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int64_t chunk_size,
+                               int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature,
+                               bool interleaved, bool q_rotated, bool k_rotated, bool deterministic);
 
 // Makes every later CUDA call take one kernel, for tests and benchmarks.
 void force_kernel(std::string name);
 
 // Return dq, dk and dv, shaped as q, k and v. With deterministic they repeat bit by bit; on the CPU they always do.
-std::tuple<Tensor, Tensor, Tensor> dca_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                    Tensor softmax_lse, Tensor cos, Tensor sin, int64_t chunk_size,
-                                                    int64_t local_size, std::optional<double> scale,
-                                                    std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
-                                                    bool k_rotated, bool deterministic);
-std::tuple<Tensor, Tensor, Tensor> dca_backward_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                     Tensor softmax_lse, Tensor cos, Tensor sin, int64_t chunk_size,
-                                                     int64_t local_size, std::optional<double> scale,
-                                                     std::optional<Tensor> temperature, bool interleaved,
-                                                     bool q_rotated, bool k_rotated, bool deterministic);
+std::tuple<Tensor, Tensor, Tensor> dca_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                Tensor softmax_lse, Tensor cos, Tensor sin, int64_t chunk_size,
+                                                int64_t local_size, std::optional<double> scale,
+                                                std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
+                                                bool k_rotated, bool deterministic);
 
 // The same of packed sequences: tensors [total, heads, head_dim] and softmax_lse [heads, total_q].
-std::tuple<Tensor, Tensor> dca_varlen_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor cu_seqlens_q,
-                                          Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                          int64_t chunk_size, int64_t local_size, std::optional<double> scale,
-                                          std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
-                                          bool k_rotated, bool deterministic);
-std::tuple<Tensor, Tensor> dca_varlen_cuda(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor cu_seqlens_q,
-                                           Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                           int64_t chunk_size, int64_t local_size, std::optional<double> scale,
-                                           std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
-                                           bool k_rotated, bool deterministic);
-std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward_cpu(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin,
-    Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t chunk_size,
-    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature, bool interleaved,
-    bool q_rotated, bool k_rotated, bool deterministic);
-std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward_cuda(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor cos, Tensor sin,
-    Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t chunk_size,
-    int64_t local_size, std::optional<double> scale, std::optional<Tensor> temperature, bool interleaved,
-    bool q_rotated, bool k_rotated, bool deterministic);
+std::tuple<Tensor, Tensor> dca_varlen(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor cu_seqlens_q,
+                                      Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                      int64_t chunk_size, int64_t local_size, std::optional<double> scale,
+                                      std::optional<Tensor> temperature, bool interleaved, bool q_rotated,
+                                      bool k_rotated, bool deterministic);
+std::tuple<Tensor, Tensor, Tensor> dca_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                       Tensor softmax_lse, Tensor cos, Tensor sin, Tensor cu_seqlens_q,
+                                                       Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                       int64_t chunk_size, int64_t local_size,
+                                                       std::optional<double> scale, std::optional<Tensor> temperature,
+                                                       bool interleaved, bool q_rotated, bool k_rotated,
+                                                       bool deterministic);
 
 // Append k and v to the cache, then attend. Return out [batch, seqlen_q, heads, head_dim] and softmax_lse [batch,
 // heads, seqlen_q], or write to the given out and return softmax_lse.
@@ -72,24 +55,16 @@ Tensor dca_with_kvcache_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cos
                             std::optional<Tensor> temperature, bool interleaved, bool q_rotated, Tensor out);
 
 // Returns int32 [batch, kv_heads or heads, groups, top_k].
-Tensor select_cpu(Tensor q, Tensor k, int64_t region_size, int64_t top_k, int64_t merge, std::string eligibility,
-                  std::string selection, std::string heads);
-Tensor select_cuda(Tensor q, Tensor k, int64_t region_size, int64_t top_k, int64_t merge, std::string eligibility,
-                   std::string selection, std::string heads);
+Tensor select(Tensor q, Tensor k, int64_t region_size, int64_t top_k, int64_t merge, std::string eligibility,
+              std::string selection, std::string heads);
 
 // Return out [batch, seqlen, heads, head_dim] and softmax_lse [batch, heads, seqlen]; dq, dk and dv.
-std::tuple<Tensor, Tensor> select_merge_cpu(Tensor q, Tensor k, Tensor v, Tensor indices, int64_t region_size,
-                                            int64_t merge, std::optional<double> scale, bool deterministic);
-std::tuple<Tensor, Tensor> select_merge_cuda(Tensor q, Tensor k, Tensor v, Tensor indices, int64_t region_size,
-                                             int64_t merge, std::optional<double> scale, bool deterministic);
-std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                             Tensor softmax_lse, Tensor indices, int64_t region_size,
-                                                             int64_t merge, std::optional<double> scale,
-                                                             bool deterministic);
-std::tuple<Tensor, Tensor, Tensor> select_merge_backward_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                              Tensor softmax_lse, Tensor indices, int64_t region_size,
-                                                              int64_t merge, std::optional<double> scale,
-                                                              bool deterministic);
+std::tuple<Tensor, Tensor> select_merge(Tensor q, Tensor k, Tensor v, Tensor indices, int64_t region_size,
+                                        int64_t merge, std::optional<double> scale, bool deterministic);
+std::tuple<Tensor, Tensor, Tensor> select_merge_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                         Tensor softmax_lse, Tensor indices, int64_t region_size,
+                                                         int64_t merge, std::optional<double> scale,
+                                                         bool deterministic);
 
 // Append the tokens to the cache, then attend. Return out [batch, seqlen, heads, head_dim] and softmax_lse [batch,
 // heads, seqlen], or write to the given out and return softmax_lse; or only append.

@@ -20,33 +20,34 @@ Tensor new_indices(const SelectArguments& arguments) {
   return torch::stable::new_empty(arguments.q, {shape.data(), shape.size()}, torch::headeronly::ScalarType::Int);
 }
 
-}  // namespace
-
-Tensor select_cpu(Tensor q, Tensor k, int64_t region_size, int64_t top_k, int64_t merge, std::string eligibility,
-                  std::string selection, std::string heads) {
-  const SelectArguments arguments{q, k, region_size, top_k, merge, eligibility, selection, heads};
-  check_select(arguments);
-  Tensor indices = new_indices(arguments);
-  if (indices.numel() > 0) cpu::select(select_params(arguments, indices), parallel_for);
-  return indices;
-}
-
 #ifdef CHUNKATTN_WITH_CUDA
-Tensor select_cuda(Tensor q, Tensor k, int64_t region_size, int64_t top_k, int64_t merge, std::string eligibility,
-                   std::string selection, std::string heads) {
-  const SelectArguments arguments{q, k, region_size, top_k, merge, eligibility, selection, heads};
-  check_select(arguments);
+void select_on_cuda(const SelectParams& params, const Tensor& q) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  Tensor indices = new_indices(arguments);
-  if (indices.numel() == 0) return indices;
-  const SelectParams params = select_params(arguments, indices);
   size_t bytes = 0;
   cuda::select_workspace(params, nullptr, &bytes);
   const Tensor memory = new_workspace(q, bytes);
   const SelectWorkspace workspace = cuda::select_workspace(params, memory.mutable_data_ptr(), &bytes);
   throw_if_failed(cuda::select(params, workspace, current_cuda_stream(q.get_device_index())));
-  return indices;
 }
 #endif
+
+}  // namespace
+
+Tensor select(Tensor q, Tensor k, int64_t region_size, int64_t top_k, int64_t merge, std::string eligibility,
+              std::string selection, std::string heads) {
+  const SelectArguments arguments{q, k, region_size, top_k, merge, eligibility, selection, heads};
+  check_select(arguments);
+  Tensor indices = new_indices(arguments);
+  if (indices.numel() == 0) return indices;
+  const SelectParams params = select_params(arguments, indices);
+#ifdef CHUNKATTN_WITH_CUDA
+  if (q.is_cuda()) {
+    select_on_cuda(params, q);
+    return indices;
+  }
+#endif
+  cpu::select(params, parallel_for);
+  return indices;
+}
 
 }  // namespace chunkattn::bindings
