@@ -79,14 +79,15 @@ void test_walks(const Problem& problem) {
   for (int n = 0; n < problem.keys.count(); ++n) {
     const QueryTile keys = problem.keys.tile(n);
     QueryTileWalk walk(problem.queries, problem.rows, keys.begin);
-    int index = problem.queries.index_of(keys.begin);
-    for (; !walk.done(problem.queries); walk.advance(problem.queries, problem.rows), ++index) {
+    int index = problem.queries.count();
+    for (; !walk.done(problem.queries); walk.advance(problem.queries, problem.rows)) {
+      --index;
       const AttendingTile tile = walk.tile(problem.queries, problem.rows);
       test_tile(problem, tile, index, keys.begin);
       test_pairs(problem, tile, keys, seen);
       CHECK(turns[index]++ == n, "query tile ", index, " key tile ", n);
     }
-    CHECK(index == problem.queries.count(), "key ", keys.begin, " stopped at ", index);
+    CHECK(index == problem.queries.index_of(keys.begin), "key ", keys.begin, " stopped at ", index);
   }
   long pairs = 0;
   for (int i = problem.queries.begin; i < problem.queries.end; ++i) pairs += i + 1;

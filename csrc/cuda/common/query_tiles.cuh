@@ -14,20 +14,17 @@ struct AttendingTile {
   int query;  // the same in q, dout and softmax_lse
 };
 
-// From the tile that holds the first key to the last: QueryTiling and ChunkGeometry::tile_regime tile by tile, without
-// their divisions.
+// From the last tile to the one that holds the first key: QueryTiling and ChunkGeometry::tile_regime tile by tile, with
+// divisions only where a chunk begins. Blocks that start together start with the same queries, whatever their keys:
+// what they read and add to lies in the L2 cache.
 class QueryTileWalk {
  public:
   CHUNKATTN_HOST_DEVICE QueryTileWalk(const QueryTiling& tiling, const RegimeRows& rows, int key_position)
-      : tile_index_(tiling.index_of(key_position)), begin_(tiling.tile(tile_index_).begin) {
-    const int stride = tiling.geometry.stride();
-    index_ = begin_ % stride;
-    chunks_apart_ = begin_ / stride - key_position / stride;
-    near_row_ = rows.row(Regime::kSucc, begin_);
-    far_row_ = rows.row(Regime::kInter, begin_);
+      : key_position_(key_position), last_(tiling.index_of(key_position)) {
+    go_to(tiling.count() - 1, tiling, rows);
   }
 
-  CHUNKATTN_HOST_DEVICE bool done(const QueryTiling& tiling) const { return begin_ >= tiling.end; }
+  CHUNKATTN_HOST_DEVICE bool done(const QueryTiling& /*tiling*/) const { return tile_index_ < last_; }
 
   CHUNKATTN_HOST_DEVICE AttendingTile tile(const QueryTiling& tiling, const RegimeRows& rows) const {
     const Regime regime = tiling.geometry.tile_regime_in_chunk(chunks_apart_, index_);
@@ -37,19 +34,29 @@ class QueryTileWalk {
   }
 
   CHUNKATTN_HOST_DEVICE void advance(const QueryTiling& tiling, const RegimeRows& rows) {
-    const int step = count(tiling);
-    ++tile_index_;
-    begin_ += step;
-    index_ += step;
-    near_row_ += step;
-    far_row_ += step;
-    if (index_ < tiling.geometry.stride()) return;
-    near_row_ += rows.near_pitch - index_;
-    index_ = 0;
-    ++chunks_apart_;
+    if (index_ < tiling.size) {
+      go_to(tile_index_ - 1, tiling, rows);
+      return;
+    }
+    --tile_index_;
+    begin_ -= tiling.size;
+    index_ -= tiling.size;
+    near_row_ -= tiling.size;
+    far_row_ -= tiling.size;
   }
 
  private:
+  CHUNKATTN_HOST_DEVICE void go_to(int tile_index, const QueryTiling& tiling, const RegimeRows& rows) {
+    tile_index_ = tile_index;
+    if (tile_index < last_) return;
+    const int stride = tiling.geometry.stride();
+    begin_ = tiling.tile(tile_index).begin;
+    index_ = begin_ % stride;
+    chunks_apart_ = begin_ / stride - key_position_ / stride;
+    near_row_ = rows.row(Regime::kSucc, begin_);
+    far_row_ = rows.row(Regime::kInter, begin_);
+  }
+
   CHUNKATTN_HOST_DEVICE int count(const QueryTiling& tiling) const {
     const int in_chunk = tiling.geometry.stride() - index_;
     const int in_all = tiling.end - begin_;
@@ -57,12 +64,14 @@ class QueryTileWalk {
     return most < tiling.size ? most : tiling.size;
   }
 
+  int key_position_;
+  int last_;  // index of the tile that holds the first key
   int tile_index_;
-  int begin_;
-  int index_;         // of begin_ in its chunk
-  int chunks_apart_;  // of the queries and the keys
-  int near_row_;      // by RegimeRows, of begin_ in succ
-  int far_row_;       // and in inter
+  int begin_ = 0;
+  int index_ = 0;         // of begin_ in its chunk
+  int chunks_apart_ = 0;  // of the queries and the keys
+  int near_row_ = 0;      // by RegimeRows, of begin_ in succ
+  int far_row_ = 0;       // and in inter
 };
 
 // The query tiles of a group from some position on, in the terms of QueryTileWalk: all of them attend alike.
