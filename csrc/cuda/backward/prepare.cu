@@ -17,13 +17,11 @@ struct PreparedRow {
   const T* out;
   const T* dout;
 
-  // Calls clear(gradient) for each regime, and copy(destination, table row) for each rotated copy. Queries that arrive
-  // rotated are their own intra copy.
-  template <typename Clear, typename Copy>
-  __device__ __forceinline__ void for_each_copy(Clear&& clear, Copy&& copy) const {
+  // Calls copy(destination, table row) for each rotated copy. Queries that arrive rotated are their own intra copy.
+  template <typename Copy>
+  __device__ __forceinline__ void for_each_copy(Copy&& copy) const {
     const ForwardParams& forward = params.forward;
     for_each_regime(params, workspace, place, [&](Regime regime, int row) {
-      clear(gradient_row(params, workspace, place, regime, row));
       if (regime == Regime::kIntra && forward.q_rotated) return;
       const RegimeQueries& target = workspace.regimes[static_cast<int>(regime)];
       copy(static_cast<T*>(const_cast<void*>(target.q)) + place.entry * target.q_strides.batch +
@@ -33,9 +31,12 @@ struct PreparedRow {
   }
 };
 
-__device__ __forceinline__ void clear_chunk(float* chunk) {
-  reinterpret_cast<float4*>(chunk)[0] = float4{0.f, 0.f, 0.f, 0.f};
-  reinterpret_cast<float4*>(chunk)[1] = float4{0.f, 0.f, 0.f, 0.f};
+// By the lanes of a row together: what a warp stores at once then lies together.
+__device__ __forceinline__ void clear_row(const GradientRow& gradient, int head_dim, int lane, int lanes) {
+  constexpr int kColumns = 4;
+  for (int d = lane * kColumns; d < head_dim; d += lanes * kColumns) {
+    *reinterpret_cast<float4*>(gradient.chunk(d) + d % kChunk) = float4{0.f, 0.f, 0.f, 0.f};
+  }
 }
 
 template <typename T>
@@ -61,17 +62,12 @@ __device__ __forceinline__ float prepare_unit(const PreparedRow<T>& row, int uni
   const uint4 second = has_second ? load_chunk(row.q, unit.second) : zero;
   float delta = dot<T>(load_chunk(row.out, unit.first), load_chunk(row.dout, unit.first));
   if (has_second) delta += dot<T>(load_chunk(row.out, unit.second), load_chunk(row.dout, unit.second));
-  row.for_each_copy(
-      [&](const GradientRow& gradient) {
-        clear_chunk(gradient.chunk(unit.first));
-        if (has_second) clear_chunk(gradient.chunk(unit.second));
-      },
-      [&](T* copy, int table_row) {
-        uint4 rotated_first = first, rotated_second = second;
-        rotate_unit<T>(rotated_first, rotated_second, unit, forward.rotary, table_row);
-        *reinterpret_cast<uint4*>(copy + unit.first) = rotated_first;
-        if (has_second) *reinterpret_cast<uint4*>(copy + unit.second) = rotated_second;
-      });
+  row.for_each_copy([&](T* copy, int table_row) {
+    uint4 rotated_first = first, rotated_second = second;
+    rotate_unit<T>(rotated_first, rotated_second, unit, forward.rotary, table_row);
+    *reinterpret_cast<uint4*>(copy + unit.first) = rotated_first;
+    if (has_second) *reinterpret_cast<uint4*>(copy + unit.second) = rotated_second;
+  });
   return delta;
 }
 
@@ -84,7 +80,6 @@ __device__ __forceinline__ float prepare_elements(const PreparedRow<T>& row, int
   for (int d = begin; d < forward.shape.head_dim && d < begin + 2 * kChunk; ++d) {
     delta += to_float(row.out[d]) * to_float(row.dout[d]);
     row.for_each_copy(
-        [&](const GradientRow& gradient) { gradient[d] = 0.f; },
         [&](T* copy, int table_row) { copy[d] = from_float<T>(rotated_element(row.q, d, forward.rotary, table_row)); });
   }
   return delta;
@@ -104,6 +99,10 @@ __global__ void __launch_bounds__(kRowThreads)
                                place.of(static_cast<const T*>(forward.q), forward.q_strides),
                                place.of(static_cast<const T*>(forward.out), forward.out_strides),
                                place.of(static_cast<const T*>(params.dout), params.dout_strides)};
+      for_each_regime(params, workspace, place, [&](Regime regime, int regime_row) {
+        clear_row(gradient_row(params, workspace, place, regime, regime_row), forward.shape.head_dim, place.unit,
+                  lanes);
+      });
       delta = vectorized ? prepare_unit(row, place.unit) : prepare_elements(row, place.unit);
     }
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
