@@ -117,8 +117,10 @@ class Oracle:
                 )
                 error = (out[row : row + 1, :, heads].double() - exact).abs().max().item()
                 worst = max(worst, error)
-                # FlashAttention's rule, with a rounding of what averages to far below 1 over many keys.
-                rounding = torch.finfo(self.q.dtype).eps * exact.abs().max().item()
+                # FlashAttention's rule, with a rounding of what averages to far below 1 over many keys. float32 rounds
+                # every sum, not the result alone: the ulps that the tests grant it.
+                ulps = 8 if self.q.dtype == torch.float32 else 1
+                rounding = ulps * torch.finfo(self.q.dtype).eps * exact.abs().max().item()
                 if error > 2 * (plain.double() - exact).abs().max().item() + rounding:
                     wrong = wrong or "output"
         return worst, wrong
