@@ -5,16 +5,17 @@
 A shape with one query is a decode step: the new token is appended and its query attends to seq_k tokens. Rates count
 the bytes of the keys and values, in the cache's dtype, and the share of the ceiling is that of a device copy. Dense
 attention gets a cache that holds the token already, composed DCA rotated queries as well: what is timed of it is its
-three calls and the merge. One sequence of at most STEP_KEYS tokens takes no time to read: its rows are the time of one
-step of many in one CUDA graph. A shape with as many queries as keys is a prompt, read in chunks of --prefill-chunk
-tokens through the cache, beside one call of chunkattn.dca; rates count its causal FLOPs.
+three calls and the merge. "rows, complete" is our step over such a cache. One sequence of at most STEP_KEYS tokens
+takes no time to read: its rows are the time of one step of many in one CUDA graph. A shape with as many queries as keys
+is a prompt, read in chunks of --prefill-chunk tokens through the cache, beside one call of chunkattn.dca; rates count
+its causal FLOPs.
 
 All run in one process, interleaved, and replay CUDA graphs. Outputs, and what is appended, are compared with
 chunkattn.reference in float64 before anything is timed.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import benchmark_forward
 import common
@@ -44,7 +45,7 @@ PAGE_SIZES = (16, 64, 128)
 STEP_KEYS = 1024
 STEP_CAPACITY = 4096  # of the cache of such a step
 STEPS = 50  # of a graph
-ROWS, FLOAT8 = "rows", "float8"
+ROWS, COMPLETE, FLOAT8 = "rows", "rows, complete", "float8"
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Cache:
     new_v: Tensor
     length: int  # with the new token
     block_table: Tensor | None = None
+    complete: bool = False  # holds the last token, too
 
     def __post_init__(self):
         batch = self.new_k.shape[0]
@@ -75,6 +77,10 @@ class Cache:
         table = torch.randperm(pages, device=self.k.device, dtype=torch.int32).view(self.k.shape[0], -1)
         k, v = (x.view(pages, page_size, *x.shape[2:]) for x in (self.k, self.v))
         return Cache(f"pages of {page_size}", k, v, self.new_k, self.new_v, self.length, table)
+
+    def completed(self):
+        """The same memory, where a step finds the last token and appends nothing."""
+        return replace(self, name=COMPLETE, complete=True)
 
     def float8(self):
         k, v = (x.to(torch.float8_e4m3fn) for x in (self.k, self.v))
@@ -158,18 +164,18 @@ class CacheCase(driver.Case):
 
 
 def dca_step(q, cache, cos, sin, setting):
+    new = {} if cache.complete else {"k": cache.new_k, "v": cache.new_v}
     return chunkattn.dca_with_kvcache(
         q,
         cache.k,
         cache.v,
         cos,
         sin,
-        cache_seqlens=cache.before,
+        cache_seqlens=cache.after if cache.complete else cache.before,
         chunk_size=setting.chunk_size,
         local_size=setting.local_size,
         block_table=cache.block_table,
-        k=cache.new_k,
-        v=cache.new_v,
+        **new,
     )
 
 
@@ -231,7 +237,7 @@ class Decode(driver.Benchmark):
         q, k, v = inputs
         rows = self.make_cache(k, v, k.shape[1])
         paged = [rows.paged(size) for size in PAGE_SIZES if k.shape[1] % size == 0]
-        cases = [self.our_case(q, cache, table, setting) for cache in (rows, *paged, rows.float8())]
+        cases = [self.our_case(q, cache, table, setting) for cache in (rows, rows.completed(), *paged, rows.float8())]
         for name, engine in self.decoders.items():
             cases += [self.dense_case(name, engine, q, cache, table) for cache in (rows, *paged)]
             composed = peers.ComposedStep(engine, *table, setting, q, rows.k, rows.v)
@@ -253,7 +259,8 @@ class Decode(driver.Benchmark):
 
     def our_case(self, q, cache, table, setting, times=1):
         call = Captured(self.device, dca_step, q, cache, *table, setting, times=times)
-        return CacheCase("chunkattn", setting, call, cache=cache, oracle=Oracle(q, cache, table, appends=True))
+        oracle = Oracle(q, cache, table, appends=not cache.complete)
+        return CacheCase("chunkattn", setting, call, cache=cache, oracle=oracle)
 
     def dense_case(self, name, engine, q, cache, table, times=1):
         call = Captured(self.device, dense_step, engine, q, cache, times=times)

@@ -54,6 +54,7 @@ LABELS = {
 ORDER = list(LABELS)
 UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+COMPLETE = "rows, complete"  # the cache of a step that appends nothing
 RATIO_PEERS = ["fa3", "cudnn", "fa2", "sdpa", "composed-fa3", "composed-cudnn", "composed-fa2", "composed-sdpa"]
 PANELS_PER_LINE = 4
 
@@ -314,7 +315,7 @@ def decode_rows(rows):
 
 
 def caches_of(rows):
-    return list(dict.fromkeys(row["cache"] for row in rows))
+    return list(dict.fromkeys(row["cache"] for row in rows if row["cache"] != COMPLETE))
 
 
 def step_label(row):
@@ -336,8 +337,9 @@ def decode_table(rows, copy_gbps):
     for row in rows:
         if row["impl"] != "chunkattn":
             continue
-        # DCA is composed over the plain cache only.
-        found = [find_row(rows, row, peer, row["cache"]) for peer in peers]
+        # DCA is composed over the plain cache only. What peers read is always complete.
+        kind = "rows" if row["cache"] == COMPLETE else row["cache"]
+        found = [find_row(rows, row, peer, kind) for peer in peers]
         plain = find_row(rows, row, "chunkattn", "rows")
         line = [step_label(row), row["cache"], f"{row['chunk_size']}:{row['local_size']}", number(row["gbps"])]
         line.append(f"{row['gbps'] / copy_gbps:.1%}" if copy_gbps else "-")
