@@ -34,7 +34,7 @@ BESIDE_PEERS = [*PASSES, "varlen", "select_merge"]
 BENCHMARKS = [*BESIDE_PEERS, "select_merge_decode", "finetune"]
 DEFAULT_STAGES = ["pytest", "sanitizer", "forward"]
 TAIL_LINES = 40
-SANITIZER_SHARES = 7  # processes of one tool at a time: it is the host that a sanitizer keeps busy
+SANITIZER_SHARES = 14  # processes of a tool at a time: it is the host that a sanitizer keeps busy
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Session:
                 raise LookupError("compute-sanitizer was not found")
             sweep = [python, "tests/gpu/sanitize_sweep.py", "--share"]
             shares = [f"{share + 1}/{SANITIZER_SHARES}" for share in range(SANITIZER_SHARES)]
-            uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
             groups = []
             for name in options.sanitizer_tools.split(","):
                 # torch probes the driver by calls that fail: only errors of kernels count.
