@@ -50,9 +50,10 @@ struct BackwardSm90 {
     // operands of the products it has started. Delta is where dP is to be: dP - delta costs nothing then.
     Logits p, ds;
     typename Block::PerQuery lse_log2;
-    if constexpr (kEarlyValues) Block::load_per_query(lse_log2, control.statistics[0].lse_log2, thread);
-    Block::set_minus_delta(ds, control.statistics[0], thread);
-    if constexpr (!kEarlyValues) {
+    if constexpr (kEarlyValues) {
+      Block::load_per_query(lse_log2, control.statistics[0].lse_log2, thread);
+      Block::set_minus_delta(ds, control.statistics[0], thread);
+    } else {
       start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
       ptx::wgmma_wait<0>();
       ptx::pin(p);
@@ -61,10 +62,12 @@ struct BackwardSm90 {
     for (bool more = true; more;) {
       const typename Block::Statistics& statistics = control.statistics[ring.index];
       const bool masked = statistics.masked;
-      ptx::pin(ds);
-      if constexpr (kEarlyValues) start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
+      if constexpr (kEarlyValues) {
+        ptx::pin(ds);
+        start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
+      }
       ring.wait_full(control.dout_full);
-      start_rows_by_rows<T, true>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(ring.index));
+      start_rows_by_rows<T, kEarlyValues>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(ring.index));
       if constexpr (kEarlyValues) {
         ptx::wgmma_wait<1>();
         ptx::pin(p);
@@ -89,6 +92,7 @@ struct BackwardSm90 {
       ptx::wgmma_wait<kEarlyValues ? 1 : 0>();
       ptx::pin(ds);
       if constexpr (!kEarlyValues) Block::round(p_operand, p);
+      if constexpr (!kEarlyValues) Block::subtract_delta(ds, statistics, thread);
       Block::differentiate(ds_operand, p, ds);
       if constexpr (!kEarlyValues) start_operand_by_rows<T>(dv[0], p_operand, block.dout_tile(ring.index));
       // Of two buffers of dS this one was read two tiles ago: everybody has passed the barrier below since.
@@ -110,9 +114,12 @@ struct BackwardSm90 {
       Block::store_part(dq, dq_part(warpgroup), thread);
       Block::pass_part_on(warpgroup);
       // Behind the last tile the next S is of no use and does no harm; nor do its statistics.
-      if constexpr (kEarlyValues) Block::load_per_query(lse_log2, next_statistics.lse_log2, thread);
-      if constexpr (!kEarlyValues) start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(next.index));
-      Block::set_minus_delta(ds, next_statistics, thread);
+      if constexpr (kEarlyValues) {
+        Block::load_per_query(lse_log2, next_statistics.lse_log2, thread);
+        Block::set_minus_delta(ds, next_statistics, thread);
+      } else {
+        start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(next.index));
+      }
       ptx::wgmma_wait<0>();
       ptx::pin(dk[0]);
       if constexpr (!kEarlyValues) ptx::pin(p);

@@ -327,15 +327,24 @@ struct BackwardSm90Block {
     }
   }
 
-  // What dP = V dO^T is added to.
-  static __device__ __forceinline__ void set_minus_delta(Logits& ds, const Statistics& statistics, int thread) {
+  static __device__ __forceinline__ void subtract_delta(Logits& ds, const Statistics& statistics, int thread) {
     PerQuery delta;
     load_per_query(delta, statistics.delta, thread);
 #pragma unroll
     for (int block = 0; block < kTileM / 8; ++block) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) ds[block][i] = -(i % 2 == 0 ? delta[block].x : delta[block].y);
+      for (int i = 0; i < 4; ++i) ds[block][i] -= i % 2 == 0 ? delta[block].x : delta[block].y;
     }
+  }
+
+  // What dP = V dO^T is added to where delta is read before.
+  static __device__ __forceinline__ void set_minus_delta(Logits& ds, const Statistics& statistics, int thread) {
+#pragma unroll
+    for (int block = 0; block < kTileM / 8; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ds[block][i] = 0.f;
+    }
+    subtract_delta(ds, statistics, thread);
   }
 
   // dP - delta becomes dS = P (dP - delta), without the logits' scale, rounded to T.
