@@ -28,6 +28,7 @@ struct DecodeCombine {
     const int kv_head = head / heads_per_kv;
     const int row = query * heads_per_kv + head % heads_per_kv;
     const int row_tile = row / plan.tile_rows;
+    ptx::let_next_kernel_start();
     ptx::wait_for_previous_kernel();
 
     const int* groups = workspace.groups + 2 * (static_cast<int64_t>(row_tile) * params.batch + batch);

@@ -316,7 +316,9 @@ struct DecodeSm80 {
     const uint32_t buffers = base + 3 * QueryShared::kBytes + team() * kBuffers * KeyTile::kBytes;
     float* sums = reinterpret_cast<float*>(shared_memory);
 
+    // The combine kernel may come as soon as there is room for it: it waits.
     ptx::let_next_kernel_start();
+    ptx::wait_for_previous_kernel();
     const Schedule schedule(params, plan, row_tile, group);
     if (!schedule.has_work()) return;
     Stream stream(params, schedule, kv_head, plan.fused_append, paths.cache);

@@ -2,9 +2,9 @@
 // added up, so that one kernel serves both element types.
 #include <cuda_fp16.h>
 
+#include "cuda/common/launch_step.cuh"
 #include "cuda/decode/cache_rows.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
-#include "cuda/select_merge_decode/launch_step.cuh"
 #include "cuda/select_merge_decode/launchers.h"
 
 namespace chunkattn::cuda {

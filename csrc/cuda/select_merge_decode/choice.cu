@@ -1,8 +1,8 @@
 // From the regions that rows list to those a group attends to.
+#include "cuda/common/launch_step.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/select/merge_lists.cuh"
 #include "cuda/select_merge_decode/chooser.cuh"
-#include "cuda/select_merge_decode/launch_step.cuh"
 
 namespace chunkattn::cuda {
 
