@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(DecodeSm80<T, kHeadDim, kFloat8, kManyRows>::k
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kCombineWarps * 32)
+__global__ void __launch_bounds__(kMostCombineWarps * 32)
     dca_decode_combine(const __grid_constant__ DecodeParams params, const __grid_constant__ DecodePlan plan,
                        const __grid_constant__ DecodeWorkspace workspace) {
   DecodeCombine<T, kHeadDim>::run(params, plan, workspace, static_cast<int>(blockIdx.x));
@@ -44,10 +44,10 @@ const char* launch_decode(const DecodeParams& params, const DecodeWorkspace& wor
   if (status != cudaSuccess) return cudaGetErrorString(status);
   const char* failure = launch_step(kernel, plan.blocks(), plan.warps * 32, plan.shared_memory, dependent_launch,
                                     stream, params, plan, paths, workspace);
-  if (failure != nullptr || !plan.combine) return failure;
+  if (failure != nullptr || plan.combine_warps == 0) return failure;
   const int64_t rows = static_cast<int64_t>(params.batch) * params.seqlen_q * params.heads;
-  return launch_step(&dca_decode_combine<T, kHeadDim>, rows, kCombineWarps * 32, 0, dependent_launch, stream, params,
-                     plan, workspace);
+  return launch_step(&dca_decode_combine<T, kHeadDim>, rows, plan.combine_warps * 32, 0, dependent_launch, stream,
+                     params, plan, workspace);
 }
 
 }  // namespace chunkattn::cuda
