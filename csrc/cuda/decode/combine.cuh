@@ -32,12 +32,14 @@ struct DecodeCombine {
     const int* groups = workspace.groups + 2 * (static_cast<int64_t>(row_tile) * params.batch + batch);
     const int first = groups[0], count = groups[1] - first + 1;
     if (count == 1) return;
-    const int64_t slot_rows = int64_t{plan.planes} * plan.tile_rows;
-    const int64_t row_of_slot = (int64_t{row_tile} * params.kv_heads + kv_head) * plan.tile_rows + row % plan.tile_rows;
+    // Rows fit 32 bits: they are float32 vectors in one workspace.
+    const int slot_rows = plan.planes * plan.tile_rows;
+    const int row_of_slot = (row_tile * params.kv_heads + kv_head) * plan.tile_rows + row % plan.tile_rows;
     const auto row_of_group = [&](int i) { return partial_slot(first + i, i == 0) * slot_rows + row_of_slot; };
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = plan.combine_warps;
     SoftmaxState state{-INFINITY, 0.f};
     float sum[kPerLane] = {};
+#pragma unroll 1
     for (int begin = warp; begin < count; begin += kAtOnce * warps) {
       SoftmaxState next_states[kAtOnce];
       float next[kAtOnce][kPerLane];
@@ -47,9 +49,9 @@ struct DecodeCombine {
         const int group = begin + i * warps;
         next_states[i] = {-INFINITY, 0.f};
         if (group < count) {
-          const int64_t partial = row_of_group(group);
+          const int partial = row_of_group(group);
           next_states[i] = reinterpret_cast<const SoftmaxState*>(workspace.states)[partial];
-          load_vector(workspace.out + partial * kHeadDim + lane * kPerLane, next[i]);
+          load_vector(workspace.out + int64_t{partial} * kHeadDim + lane * kPerLane, next[i]);
         }
       }
 #pragma unroll
@@ -71,14 +73,21 @@ struct DecodeCombine {
     for (int j = 0; j < kPerLane; ++j) sums[warp][lane * kPerLane + j] = sum[j];
     if (lane == 0) states[warp] = state;
     __syncthreads();
-    const SoftmaxState whole = whole_state(states, warps);
+    SoftmaxState parts[kMostCombineWarps];
+#pragma unroll
+    for (int i = 0; i < kMostCombineWarps; ++i) parts[i] = i < warps ? states[i] : SoftmaxState{-INFINITY, 0.f};
+    const SoftmaxState whole = whole_state(parts, kMostCombineWarps);
     const float v_scale = params.cache.v_scale == nullptr ? 1.f : __ldg(params.cache.v_scale + kv_head);
     const float factor = whole.normalise() * v_scale;
     T* out = static_cast<T*>(params.out) + batch * params.out_strides.batch + query * params.out_strides.seq +
              head * params.out_strides.head;
+#pragma unroll 1
     for (int d = threadIdx.x; d < params.head_dim; d += warps * 32) {
       float x = 0.f;
-      for (int i = 0; i < warps; ++i) x += sums[i][d] * states[i].weight_in(whole.maximum);
+#pragma unroll
+      for (int i = 0; i < kMostCombineWarps; ++i) {
+        if (i < warps) x += sums[i][d] * parts[i].weight_in(whole.maximum);
+      }
       out[d] = from_float<T>(x * factor);
     }
     if (threadIdx.x == 0) {

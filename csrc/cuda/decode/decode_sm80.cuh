@@ -298,8 +298,8 @@ struct DecodeSm80 {
     }
     if (plan.combine_warps > 0 && piece.begin == 0 && kv_head == 0 && threadIdx.x == 0) {
       int* groups = workspace.groups + 2 * (static_cast<int64_t>(row_tile) * params.batch + piece.batch);
-      groups[0] = schedule.first_group(piece);
-      groups[1] = piece.whole() ? groups[0] : schedule.last_group(piece);
+      groups[0] = group;
+      groups[1] = piece.whole() ? group : schedule.last_group(piece);
     }
   }
 
