@@ -59,11 +59,11 @@ void test_plan(const Shape& shape, const DecodeDevice& device, bool float8, int 
   CHECK(plan.fused_append == (plan.row_tiles == 1), "row tiles ", plan.row_tiles);
   if (plan.splits > 0) {
     CHECK(plan.groups == shape.batch * plan.splits, "groups ", plan.groups, " splits ", plan.splits);
-    CHECK(plan.combine == (plan.splits > 1), "splits ", plan.splits);
+    CHECK((plan.combine_warps > 0) == (plan.splits > 1), "splits ", plan.splits);
     CHECK(num_splits == 0 || plan.splits <= num_splits, "splits ", plan.splits, " of ", num_splits);
   } else {
     CHECK(num_splits == 0 && plan.blocks() <= 2 * device.multiprocessors, "blocks ", plan.blocks());
-    CHECK(plan.combine == (plan.groups > 1), "groups ", plan.groups);
+    CHECK((plan.combine_warps > 0) == (plan.groups > 1), "groups ", plan.groups);
   }
 
   constexpr uintptr_t kMemory = 1 << 20;
@@ -72,11 +72,11 @@ void test_plan(const Shape& shape, const DecodeDevice& device, bool float8, int 
   const DecodeWorkspace workspace =
       chunkattn::cuda::lay_out_workspace(params, plan, reinterpret_cast<void*>(kMemory), &again);
   CHECK(again == bytes, "bytes ", bytes, " then ", again);
-  const uintptr_t rows = plan.combine ? 2 * plan.blocks() * plan.tile_rows : 0;
+  const uintptr_t rows = plan.combine_warps > 0 ? 2 * plan.blocks() * plan.tile_rows : 0;
   const auto address = [](const void* piece) { return reinterpret_cast<uintptr_t>(piece); };
   CHECK(address(workspace.out) + 4 * rows * plan.head_dim_padded <= address(workspace.states), "rows ", rows);
   CHECK(address(workspace.states) + 8 * rows <= address(workspace.groups), "rows ", rows);
-  const uintptr_t sequences = plan.combine ? size_t{8} * plan.row_tiles * shape.batch : 0;
+  const uintptr_t sequences = plan.combine_warps > 0 ? size_t{8} * plan.row_tiles * shape.batch : 0;
   CHECK(address(workspace.groups) + sequences <= address(workspace.tile_counter), "sequences ", sequences);
   CHECK(address(workspace.tile_counter) + 4 <= kMemory + bytes, "bytes ", bytes);
 }

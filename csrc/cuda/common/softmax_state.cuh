@@ -23,4 +23,16 @@ struct __align__(8) SoftmaxState {
   }
 };
 
+// Of parts that lie `stride` apart.
+__device__ __forceinline__ SoftmaxState whole_state(const SoftmaxState* parts, int count, int stride = 1) {
+  SoftmaxState whole{-INFINITY, 0.f};
+#pragma unroll
+  for (int i = 0; i < count; ++i) whole.maximum = fmaxf(whole.maximum, parts[i * stride].maximum);
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    whole.sum += parts[i * stride].sum * parts[i * stride].weight_in(whole.maximum);
+  }
+  return whole;
+}
+
 }  // namespace chunkattn::cuda

@@ -207,7 +207,7 @@ struct DecodeSm80 {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row() + lane / 4 + half * 8;
-      weight[0][half] = states[team()][row].weight_in(whole_state(states, row).maximum);
+      weight[0][half] = states[team()][row].weight_in(whole_row(states, row).maximum);
     }
     scale_rows(output, weight);
     // The teams take turns with the columns: in every round each adds to a part of its own. Parts are constants,
@@ -237,13 +237,8 @@ struct DecodeSm80 {
     }
   }
 
-  static __device__ __forceinline__ SoftmaxState whole_state(const SoftmaxState (&states)[kTeams][kTileM], int row) {
-    SoftmaxState whole{-INFINITY, 0.f};
-#pragma unroll
-    for (int i = 0; i < kTeams; ++i) whole.maximum = fmaxf(whole.maximum, states[i][row].maximum);
-#pragma unroll
-    for (int i = 0; i < kTeams; ++i) whole.sum += states[i][row].sum * states[i][row].weight_in(whole.maximum);
-    return whole;
+  static __device__ __forceinline__ SoftmaxState whole_row(const SoftmaxState (&states)[kTeams][kTileM], int row) {
+    return whole_state(&states[0][row], kTeams, kTileM);
   }
 
   // Writes output and log-sum-exp of a sequence that nobody else attends to.
@@ -256,7 +251,7 @@ struct DecodeSm80 {
       const int begin = i % kChunks * kChunk;
       const int query = (row_tile * kTileM + row) / group_heads();
       const int head = kv_head * group_heads() + (row_tile * kTileM + row) % group_heads();
-      const SoftmaxState state = whole_state(states, row);
+      const SoftmaxState state = whole_row(states, row);
       const float factor = state.normalise() * v_scale;
       T* out = static_cast<T*>(params.out) + batch * params.out_strides.batch + query * params.out_strides.seq +
                head * params.out_strides.head;
@@ -290,7 +285,7 @@ struct DecodeSm80 {
       const int begin = i % (kHeadDim / 4) * 4;
       *reinterpret_cast<float4*>(workspace.out + (first_row + row) * kHeadDim + begin) =
           *reinterpret_cast<const float4*>(sums + row * kSumStride + begin);
-      if (begin == 0) reinterpret_cast<SoftmaxState*>(workspace.states)[first_row + row] = whole_state(states, row);
+      if (begin == 0) reinterpret_cast<SoftmaxState*>(workspace.states)[first_row + row] = whole_row(states, row);
     }
   }
 
@@ -301,10 +296,10 @@ struct DecodeSm80 {
     } else {
       store_partial(sums, states, partial_slot(group, piece.begin == 0));
     }
-    if (plan.combine && piece.begin == 0 && kv_head == 0 && threadIdx.x == 0) {
+    if (plan.combine_warps > 0 && piece.begin == 0 && kv_head == 0 && threadIdx.x == 0) {
       int* groups = workspace.groups + 2 * (static_cast<int64_t>(row_tile) * params.batch + piece.batch);
-      groups[0] = schedule.first_group(piece);
-      groups[1] = piece.whole() ? groups[0] : schedule.last_group(piece);
+      groups[0] = group;
+      groups[1] = piece.whole() ? group : schedule.last_group(piece);
     }
   }
 
@@ -316,7 +311,9 @@ struct DecodeSm80 {
     const uint32_t buffers = base + 3 * QueryShared::kBytes + team() * kBuffers * KeyTile::kBytes;
     float* sums = reinterpret_cast<float*>(shared_memory);
 
+    // The combine kernel may come as soon as there is room for it: it waits.
     ptx::let_next_kernel_start();
+    ptx::wait_for_previous_kernel();
     const Schedule schedule(params, plan, row_tile, group);
     if (!schedule.has_work()) return;
     Stream stream(params, schedule, kv_head, plan.fused_append, paths.cache);

@@ -101,26 +101,39 @@ class KeyStream {
   static __device__ __forceinline__ int team_row() { return threadIdx.x / 32 % Sizes::kTeamWarps * Sizes::kWarpKeys; }
 
   __device__ __forceinline__ void load_rows(bool keys, const Tile& tile) const {
-    const int lane = threadIdx.x % 32;
-    const int row = lane / kChunksPerRow, chunk = lane % kChunksPerRow;
-    const int element = chunk * kElementsPerChunk;
-    bool all_there = vectorized_ && whole_spans_ && current_.begin + Sizes::kWarpKeys <= current_.lengths.stored;
-#pragma unroll
-    for (int span = 0; span < kSpans; ++span) all_there = all_there && current_.places[span].page >= 0;
-    if (!all_there) {
-      load_some_rows(params_, current_, kv_head_, keys, vectorized_, whole_spans_, tile);
+    if (!vectorized_ || !whole_spans_) {
+      load_single_rows(params_, current_, kv_head_, keys, vectorized_, whole_spans_, tile);
       return;
     }
     const Strides& strides = keys ? params_.cache.k_strides : params_.cache.v_strides;
     const Bits* cache = static_cast<const Bits*>(keys ? params_.cache.k : params_.cache.v);
+    const int lane = threadIdx.x % 32;
+    const int row = lane / kChunksPerRow, chunk = lane % kChunksPerRow;
+    const int element = chunk * kElementsPerChunk;
     const bool inside = element < params_.head_dim;
+    const int stored = current_.lengths.stored - current_.begin, total = current_.lengths.total - current_.begin;
+    bool all_there = stored >= Sizes::kWarpKeys;
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) all_there = all_there && current_.places[span].page >= 0;
 #pragma unroll
     for (int span = 0; span < kSpans; ++span) {
       const Bits* source = cache + cache_offset(strides, current_.places[span], kv_head_) + row * strides.seq + element;
+      const auto row_at = [&](int i) { return source + i * kRowsAtOnce * strides.seq; };
+      const auto place_at = [&](int i) {
+        return tile.address(team_row() + span * kSpan + i * kRowsAtOnce + row, chunk);
+      };
+      if (all_there) {
 #pragma unroll
+        for (int i = 0; i < kStepsPerSpan; ++i) ptx::cp_async_16(place_at(i), row_at(i), inside);
+        continue;
+      }
+      // The end of a sequence, which a small step waits for, or a page that does not exist.
+#pragma unroll 1
       for (int i = 0; i < kStepsPerSpan; ++i) {
-        ptx::cp_async_16(tile.address(team_row() + span * kSpan + i * kRowsAtOnce + row, chunk),
-                         source + i * kRowsAtOnce * strides.seq, inside);
+        const int n = span * kSpan + i * kRowsAtOnce + row;
+        if (n >= stored && n < total) continue;
+        const bool valid = inside && n < stored && current_.places[span].page >= 0;
+        ptx::cp_async_16(place_at(i), valid ? row_at(i) : cache, valid);
       }
     }
   }
@@ -138,10 +151,9 @@ class KeyStream {
     return {place.page, place.row + row % kSpan};
   }
 
-  // The end of a sequence, pages that hold no whole spans or do not exist, and a cache that cannot be read in whole
-  // chunks. Rare and bulky, so not inlined.
-  static __device__ __noinline__ void load_some_rows(const DecodeParams& params, const WarpRows rows, int kv_head,
-                                                     bool keys, bool vectorized, bool whole_spans, const Tile tile) {
+  // Pages that hold no whole spans, and a cache that cannot be read in whole chunks. Rare and bulky, so not inlined.
+  static __device__ __noinline__ void load_single_rows(const DecodeParams& params, const WarpRows rows, int kv_head,
+                                                       bool keys, bool vectorized, bool whole_spans, const Tile tile) {
     const Strides& strides = keys ? params.cache.k_strides : params.cache.v_strides;
     const Bits* cache = static_cast<const Bits*>(keys ? params.cache.k : params.cache.v);
     const int lane = threadIdx.x % 32;

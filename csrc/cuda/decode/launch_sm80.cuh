@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/common/launch_step.cuh"
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/decode_sm80.cuh"
 #include "cuda/decode/launchers.h"
@@ -25,28 +26,10 @@ __global__ void __launch_bounds__(DecodeSm80<T, kHeadDim, kFloat8, kManyRows>::k
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kCombineWarps * 32)
+__global__ void __launch_bounds__(kMostCombineWarps * 32)
     dca_decode_combine(const __grid_constant__ DecodeParams params, const __grid_constant__ DecodePlan plan,
                        const __grid_constant__ DecodeWorkspace workspace) {
   DecodeCombine<T, kHeadDim>::run(params, plan, workspace, static_cast<int>(blockIdx.x));
-}
-
-template <typename T, int kHeadDim>
-const char* launch_combine(const DecodeParams& params, const DecodeWorkspace& workspace, const DecodePlan& plan,
-                           bool dependent_launch, cudaStream_t stream) {
-  const int64_t rows = static_cast<int64_t>(params.batch) * params.seqlen_q * params.heads;
-  if (rows > INT32_MAX) return "q has too many rows for one launch";
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(rows));
-  config.blockDim = dim3(kCombineWarps * 32);
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = dependent_launch ? 1 : 0;
-  const cudaError_t status = cudaLaunchKernelEx(&config, &dca_decode_combine<T, kHeadDim>, params, plan, workspace);
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 template <typename T, int kHeadDim>
@@ -56,15 +39,15 @@ const char* launch_decode(const DecodeParams& params, const DecodeWorkspace& wor
                                                            : &dca_decode_sm80<T, kHeadDim, true, false>
                       : plan.many_rows    ? &dca_decode_sm80<T, kHeadDim, false, true>
                                           : &dca_decode_sm80<T, kHeadDim, false, false>;
-  cudaError_t status =
+  const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_memory));
   if (status != cudaSuccess) return cudaGetErrorString(status);
-  if (plan.blocks() > INT32_MAX) return "q has too many query tiles for one launch";
-  kernel<<<static_cast<unsigned>(plan.blocks()), plan.warps * 32, plan.shared_memory, stream>>>(params, plan, paths,
-                                                                                                workspace);
-  status = cudaGetLastError();
-  if (status != cudaSuccess) return cudaGetErrorString(status);
-  return plan.combine ? launch_combine<T, kHeadDim>(params, workspace, plan, dependent_launch, stream) : nullptr;
+  const char* failure = launch_step(kernel, plan.blocks(), plan.warps * 32, plan.shared_memory, dependent_launch,
+                                    stream, params, plan, paths, workspace);
+  if (failure != nullptr || plan.combine_warps == 0) return failure;
+  const int64_t rows = static_cast<int64_t>(params.batch) * params.seqlen_q * params.heads;
+  return launch_step(&dca_decode_combine<T, kHeadDim>, rows, plan.combine_warps * 32, 0, dependent_launch, stream,
+                     params, plan, workspace);
 }
 
 }  // namespace chunkattn::cuda

@@ -66,12 +66,16 @@ void choose_groups(const DecodeParams& params, const DecodeDevice& device, Decod
   }
   if (plan.splits > 0) {
     plan.groups = params.batch * plan.splits;
-    plan.combine = plan.splits > 1;
     return;
   }
   const int64_t most = std::min<int64_t>(ceil_div(params.batch * capacity_tiles, plan.min_tiles), kMaxDecodeGroups);
   plan.groups = static_cast<int>(std::clamp<int64_t>(slots / plan.planes, 1, most));
-  plan.combine = plan.groups > 1;
+}
+
+// As many as a sequence has groups, when all are of one length.
+int combine_warps(const DecodeParams& params, const DecodePlan& plan) {
+  if (plan.splits == 1 || plan.groups <= 1) return 0;
+  return std::clamp(plan.groups / params.batch, 1, kMostCombineWarps);
 }
 
 }  // namespace
@@ -84,12 +88,13 @@ DecodePlan plan_decode(const DecodeParams& params, const DecodeDevice& device) {
   plan.planes = plan.row_tiles * params.kv_heads;
   plan.fused_append = plan.row_tiles == 1;
   if (plan.planes > 0) choose_groups(params, device, plan);
+  plan.combine_warps = combine_warps(params, plan);
   return plan;
 }
 
 DecodeWorkspace lay_out_workspace(const DecodeParams& params, const DecodePlan& plan, void* memory, size_t* bytes) {
-  const int64_t rows = plan.combine ? 2 * plan.blocks() * plan.tile_rows : 0;
-  const int64_t sequences = plan.combine ? int64_t{2} * plan.row_tiles * params.batch : 0;
+  const int64_t rows = plan.combine_warps > 0 ? 2 * plan.blocks() * plan.tile_rows : 0;
+  const int64_t sequences = plan.combine_warps > 0 ? int64_t{2} * plan.row_tiles * params.batch : 0;
   Carver carver(memory);
   DecodeWorkspace workspace{};
   workspace.out = carver.take<float>(rows * plan.head_dim_padded);

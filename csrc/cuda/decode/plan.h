@@ -10,6 +10,8 @@ namespace chunkattn::cuda {
 // Groups that may attend to one sequence.
 constexpr int kMaxDecodeGroups = 1024;
 
+constexpr int kMostCombineWarps = 8;
+
 struct DecodeDevice {
   int compute_capability;  // major * 10 + minor
   int multiprocessors;
@@ -31,7 +33,7 @@ struct DecodePlan {
   int splits;         // 0: the groups take equal shares of the keys of all sequences; else groups of each sequence
   int min_tiles;      // tiles of keys that a group takes at least, when there are as many
   int piece_cost;     // tiles of keys that a group could attend to in the time a further sequence takes it
-  bool combine;       // a second kernel adds up what groups found of one sequence
+  int combine_warps;  // to a row, of the kernel that adds up what groups found of one sequence; 0: none is needed
   bool fused_append;  // new keys and values are appended by the groups that attend to them, else by a kernel before
   int head_dim_padded;
   size_t shared_memory;  // bytes per thread block for the tiles

@@ -53,10 +53,7 @@ class DecodeSchedule {
 
   __device__ __forceinline__ const TileQueries& queries() const { return queries_; }
 
-  // The groups that attend to a sequence, of which a piece is known.
-  __device__ __forceinline__ int first_group(const Piece& piece) const {
-    return first_group_ + shares_.group_of(piece.start);
-  }
+  // The last group that attends to a sequence, of which a piece is known.
   __device__ __forceinline__ int last_group(const Piece& piece) const {
     return first_group_ + shares_.group_of(piece.start + piece.tiles - 1);
   }

@@ -2,9 +2,9 @@
 // added up, so that one kernel serves both element types.
 #include <cuda_fp16.h>
 
+#include "cuda/common/launch_step.cuh"
 #include "cuda/decode/cache_rows.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
-#include "cuda/select_merge_decode/launch_step.cuh"
 #include "cuda/select_merge_decode/launchers.h"
 
 namespace chunkattn::cuda {
@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kThreads)
   const SelectMergeDecodeParams& params = step.params;
   const SpanAppend append{step};
   int64_t block = blockIdx.x;
+  ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   if (block < table_blocks) return append.write_table(static_cast<int>(block));
   block -= table_blocks;

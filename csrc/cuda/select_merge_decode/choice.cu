@@ -1,8 +1,8 @@
 // From the regions that rows list to those a group attends to.
+#include "cuda/common/launch_step.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/select/merge_lists.cuh"
 #include "cuda/select_merge_decode/chooser.cuh"
-#include "cuda/select_merge_decode/launch_step.cuh"
 
 namespace chunkattn::cuda {
 
@@ -193,9 +193,7 @@ const char* launch_choice(const SpanStep& step, cudaStream_t stream) {
   const int64_t works = static_cast<int64_t>(plan.planes) * (plan.chooses ? plan.voters : 1);
   const int64_t blocks = works < 1 ? 1 : works < kMostBlocks ? works : kMostBlocks;
   const int slots = plan.chooses ? merge_slots(top_k) : 0;
-  // Behind the kernel of the scores, where there is one.
-  return launch_step(kernel, blocks, kThreads, shared_bytes, plan.dependent_launch && plan.chooses, stream, step,
-                     slots);
+  return launch_step(kernel, blocks, kThreads, shared_bytes, plan.dependent_launch, stream, step, slots);
 }
 
 }  // namespace chunkattn::cuda

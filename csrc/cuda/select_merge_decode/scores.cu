@@ -5,6 +5,7 @@
 // the sums into pairs of float16 on their way into shared memory (split_mean.cuh), each row with a scale of its own;
 // the scores are multiplied by what the scales of their columns leave. Where no group begins, all blocks return at
 // once.
+#include "cuda/common/launch_step.cuh"
 #include "cuda/common/warp_multiply.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/select/row_candidates.cuh"
@@ -209,6 +210,7 @@ __global__ void __launch_bounds__(CacheScores<kHeadDim, kInRegisters>::kThreads)
   extern __shared__ __align__(128) unsigned char shared_memory[];
   const StepPlan& plan = step.plan;
   ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
   if (blockIdx.x == 0) {
     for (int plane = threadIdx.x; plane < plan.planes; plane += Kernel::kThreads) step.workspace.counters[plane] = 0;
   }
@@ -242,12 +244,11 @@ template <int kHeadDim, int kInRegisters>
 const char* launch(const SpanStep& step, cudaStream_t stream) {
   using Kernel = CacheScores<kHeadDim, kInRegisters>;
   const auto kernel = &cache_scores_kernel<kHeadDim, kInRegisters>;
-  cudaError_t status =
+  const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(Kernel::kSharedBytes));
   if (status != cudaSuccess) return cudaGetErrorString(status);
-  kernel<<<step.plan.score_blocks, Kernel::kThreads, Kernel::kSharedBytes, stream>>>(step);
-  status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return launch_step(kernel, step.plan.score_blocks, Kernel::kThreads, Kernel::kSharedBytes, step.plan.dependent_launch,
+                     stream, step);
 }
 
 }  // namespace

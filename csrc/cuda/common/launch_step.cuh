@@ -12,7 +12,7 @@ namespace chunkattn::cuda {
 template <typename... Parameters, typename... Arguments>
 const char* launch_step(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, bool dependent,
                         cudaStream_t stream, const Arguments&... arguments) {
-  if (blocks > INT32_MAX) return "the call has too many tokens for one launch";
+  if (blocks > INT32_MAX) return "the call has too many rows for one launch";
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
