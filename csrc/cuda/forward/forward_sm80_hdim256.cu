@@ -9,4 +9,10 @@ template const char* launch_region_forward_sm80<__nv_bfloat16, 256>(const Forwar
                                                                     const VectorPaths&, const KernelPlan&,
                                                                     cudaStream_t);
 
+template const char* launch_forward_sm80<__half, 256>(const ForwardParams&, const VectorPaths&, const KernelPlan&,
+                                                      cudaStream_t);
+
+template const char* launch_region_forward_sm80<__half, 256>(const ForwardParams&, const AttendedRegions&,
+                                                             const VectorPaths&, const KernelPlan&, cudaStream_t);
+
 }  // namespace chunkattn::cuda
