@@ -93,9 +93,11 @@ struct ScoresSm80 {
       const int first = tile * kTileN + threadIdx.x % 4 * 2;
       if ((tile + 1) * kTileN > work.whole_end) hide_regions(scores[0], first, end);
       rows.append(scores[0], first);
-      if (tile != 0 && rows.template full<kTileN>()) rows.template reduce<kTileN>();
+      if (tile == 0 || rows.template full<kTileN>()) {
+        rows.template reduce_or_finish<kTileN>(tile == 0, row_lists(pass, work, first_row),
+                                               pass.rule.regions - first_row);
+      }
     }
-    rows.finish(row_lists(pass, work, first_row), pass.rule.regions - first_row);
     ptx::cp_async_wait<0>();
   }
 

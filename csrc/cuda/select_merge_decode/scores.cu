@@ -185,10 +185,15 @@ struct CacheScores {
     Sums sums;
     if (begin_tile < end_tile) load_keys(end_tile - 1, sums);
 #pragma unroll 1
-    for (int tile = end_tile - 1; tile >= begin_tile; --tile) {
+    for (int tile = end_tile - 1;; --tile) {
+      const bool last = tile < begin_tile;
       // Every warp has finished with the tile before. Where one has no room for another, all that soon have none make
       // it.
-      if (__syncthreads_or(rows.template full<kTileN>()) && warp_votes()) rows.template reduce<kTileN>();
+      const bool full = __syncthreads_or(rows.template full<kTileN>()) != 0;
+      if ((last || full) && warp_votes()) {
+        rows.template reduce_or_finish<kTileN>(last, warp_lists, voters - warp_begin);
+      }
+      if (last) break;
       store_keys(sums);
       __syncthreads();  // the tile is there, and so are the queries
       if (tile > begin_tile) load_keys(tile - 1, sums);
@@ -198,12 +203,11 @@ struct CacheScores {
       if ((tile + 1) * kTileN > whole_end) hide(scores, tile, end);
       rows.append(scores[0], tile * kTileN + threadIdx.x % 4 * 2);
     }
-    if (warp_votes()) rows.finish(warp_lists, voters - warp_begin);
   }
 };
 
 template <int kHeadDim, int kInRegisters>
-__global__ void __launch_bounds__(CacheScores<kHeadDim, kInRegisters>::kThreads)
+__global__ void __launch_bounds__(CacheScores<kHeadDim, kInRegisters>::kThreads, 1)
     cache_scores_kernel(const __grid_constant__ SpanStep step) {
   using Kernel = CacheScores<kHeadDim, kInRegisters>;
   extern __shared__ __align__(128) unsigned char shared_memory[];
