@@ -2,21 +2,20 @@
 
 namespace chunkattn::cuda {
 
-template const char* launch_backward_sm80<__nv_bfloat16, 128>(const BackwardParams&, const BackwardWorkspace&,
-                                                              const BackwardVectorPaths&, const KernelPlan&,
-                                                              cudaStream_t);
+template const char* launch_backward_sm80<BFloat16, 128>(const BackwardParams&, const BackwardWorkspace&,
+                                                         const BackwardVectorPaths&, const KernelPlan&, cudaStream_t);
 
-template const char* launch_region_backward_sm80<__nv_bfloat16, 128>(const BackwardParams&, const BackwardWorkspace&,
-                                                                     const AttendedRegions&, const KeyGradientSums&,
-                                                                     const BackwardVectorPaths&, const KernelPlan&,
-                                                                     cudaStream_t);
+template const char* launch_region_backward_sm80<BFloat16, 128>(const BackwardParams&, const BackwardWorkspace&,
+                                                                const AttendedRegions&, const KeyGradientSums&,
+                                                                const BackwardVectorPaths&, const KernelPlan&,
+                                                                cudaStream_t);
 
-template const char* launch_backward_sm80<__half, 128>(const BackwardParams&, const BackwardWorkspace&,
-                                                       const BackwardVectorPaths&, const KernelPlan&, cudaStream_t);
+template const char* launch_backward_sm80<Float16, 128>(const BackwardParams&, const BackwardWorkspace&,
+                                                        const BackwardVectorPaths&, const KernelPlan&, cudaStream_t);
 
-template const char* launch_region_backward_sm80<__half, 128>(const BackwardParams&, const BackwardWorkspace&,
-                                                              const AttendedRegions&, const KeyGradientSums&,
-                                                              const BackwardVectorPaths&, const KernelPlan&,
-                                                              cudaStream_t);
+template const char* launch_region_backward_sm80<Float16, 128>(const BackwardParams&, const BackwardWorkspace&,
+                                                               const AttendedRegions&, const KeyGradientSums&,
+                                                               const BackwardVectorPaths&, const KernelPlan&,
+                                                               cudaStream_t);
 
 }  // namespace chunkattn::cuda

@@ -2,16 +2,16 @@
 
 namespace chunkattn::cuda {
 
-template const char* launch_forward_sm80<__nv_bfloat16, 64>(const ForwardParams&, const VectorPaths&, const KernelPlan&,
-                                                            cudaStream_t);
+template const char* launch_forward_sm80<BFloat16, 64>(const ForwardParams&, const VectorPaths&, const KernelPlan&,
+                                                       cudaStream_t);
 
-template const char* launch_region_forward_sm80<__nv_bfloat16, 64>(const ForwardParams&, const AttendedRegions&,
-                                                                   const VectorPaths&, const KernelPlan&, cudaStream_t);
+template const char* launch_region_forward_sm80<BFloat16, 64>(const ForwardParams&, const AttendedRegions&,
+                                                              const VectorPaths&, const KernelPlan&, cudaStream_t);
 
-template const char* launch_forward_sm80<__half, 64>(const ForwardParams&, const VectorPaths&, const KernelPlan&,
-                                                     cudaStream_t);
+template const char* launch_forward_sm80<Float16, 64>(const ForwardParams&, const VectorPaths&, const KernelPlan&,
+                                                      cudaStream_t);
 
-template const char* launch_region_forward_sm80<__half, 64>(const ForwardParams&, const AttendedRegions&,
-                                                            const VectorPaths&, const KernelPlan&, cudaStream_t);
+template const char* launch_region_forward_sm80<Float16, 64>(const ForwardParams&, const AttendedRegions&,
+                                                             const VectorPaths&, const KernelPlan&, cudaStream_t);
 
 }  // namespace chunkattn::cuda

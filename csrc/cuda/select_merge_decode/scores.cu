@@ -17,7 +17,7 @@ namespace {
 
 __device__ __forceinline__ float float_of_bits(uint16_t bits, DataType dtype) {
   if (dtype == DataType::kBFloat16) return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-  return __half2float(__ushort_as_half(bits));
+  return to_float(Float16{bits});
 }
 
 // Eight elements of a row of sums from `begin` on, zeros behind its end.
@@ -147,8 +147,8 @@ struct CacheScores {
     constexpr Inner kAlong = Inner::kAlongRows;
 #pragma unroll 1  // keeps the code and the registers of one product: the smallest terms come first
     for (int product = 2; product >= 0; --product) {
-      warp_multiply<__half, kAlong, kAlong, kHeadDim>(scores, query_tile(product / 2), warp_row(),
-                                                      key_tile(product % 2), 0);
+      warp_multiply<Float16, kAlong, kAlong, kHeadDim>(scores, query_tile(product / 2), warp_row(),
+                                                       key_tile(product % 2), 0);
     }
 #pragma unroll
     for (int block = 0; block < kTileN / 8; ++block) {
