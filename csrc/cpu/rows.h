@@ -2,6 +2,8 @@
 // The loops are compiled in rows.cpp, for every pair of types that is asked for.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/buffer.h"
 #include "cpu/simd.h"
 #include "params.h"
@@ -25,19 +27,24 @@ void add_rows(Rows<const From> from, int rows, int head_dim, Accumulator<From>* 
 
 enum class RotationSense { kForward, kInverse };  // R(row) or its transpose
 
-// to = factor * R(table_row) from. from may be to. Interleaved pairs go through `scratch` [head_dim].
-template <class From, class To>
-void rotate_row(const From* from, To* to, int head_dim, const RotaryTable& table, int table_row, RotationSense sense,
-                Accumulator<From> factor, Accumulator<From>* scratch);
+// row = R(table_row) row.
+template <class Accum>
+void rotate_row(Accum* row, const RotaryTable& table, int table_row, RotationSense sense);
 
 // to[n] = factor * R(table_row(n)) from[n] for n in [0, rows). They may be the same rows.
 template <class From, class To, class TableRow>
 void rotate_rows(Rows<const From> from, Rows<To> to, int rows, int head_dim, const RotaryTable& table,
                  RotationSense sense, const TableRow& table_row, Accumulator<From> factor = 1) {
-  const Buffer<Accumulator<From>> scratch(table.interleaved ? head_dim : 0);
-  for (int n = 0; n < rows; ++n) {
-    rotate_row(from.data + n * from.stride, to.data + n * to.stride, head_dim, table, table_row(n), sense, factor,
-               scratch.data());
+  using Accum = Accumulator<From>;
+  constexpr int block = 16;  // rows, which stay in the first-level cache
+  const Buffer<Accum> rotated(int64_t{head_dim} * std::min(block, rows));
+  for (int begin = 0; begin < rows; begin += block) {
+    const int count = std::min(block, rows - begin);
+    convert_rows(Rows<const From>{from.data + begin * from.stride, from.stride}, Rows<Accum>{rotated.data(), head_dim},
+                 count, head_dim, factor);
+    for (int n = 0; n < count; ++n) rotate_row(rotated.data() + n * head_dim, table, table_row(begin + n), sense);
+    convert_rows(Rows<const Accum>{rotated.data(), head_dim}, Rows<To>{to.data + begin * to.stride, to.stride}, count,
+                 head_dim);
   }
 }
 
