@@ -126,11 +126,9 @@ class BackwardUnit {
     const int64_t head_row =
         (static_cast<int64_t>(share_.batch) * params_.forward.shape.heads + head_) * params_.forward.shape.seqlen_q;
     const int64_t row = head_row + first_query() + block.first_row;
-    vectorized(CHUNKATTN_LOOPS(bytes) {
-      differentiate_softmax<Simd<Accum, bytes>>(block, logits_.data(), probability_gradients_.data(), probabilities,
-                                                logit_gradients, kStride, static_cast<Accum>(scale_ * kLog2E),
-                                                statistics_.lse_log2 + row, statistics_.delta + row);
-    });
+    differentiate_softmax<Accum>(block, logits_.data(), probability_gradients_.data(), probabilities, logit_gradients,
+                                 kStride, static_cast<Accum>(scale_ * kLog2E), statistics_.lse_log2 + row,
+                                 statistics_.delta + row);
     if (share_.query_gradients) {
       gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, logit_gradients, kStride, k.data,
            static_cast<int>(k.stride), true, segment_gradients_.data() + offset, head_dim_);
@@ -155,7 +153,7 @@ class BackwardUnit {
     const Accum* from = sums;
     for (const KeyRange& range : ranges) {
       const int size = (range.end - range.begin) * head_dim_;
-      vectorized(CHUNKATTN_LOOPS(bytes) { add_row<Simd<Accum, bytes>>(from, gradients_from(range.begin), size); });
+      add_rows(Rows<const Accum>{from, size}, 1, size, gradients_from(range.begin));
       from += size;
     }
   }
@@ -169,9 +167,8 @@ class BackwardUnit {
                   RotationSense::kInverse,
                   [&](int n) { return forward.geometry.query_rotation(regime, tile_.begin + n, forward.q_rotated); });
     }
-    vectorized(CHUNKATTN_LOOPS(bytes) {
-      add_row<Simd<Accum, bytes>>(gradients.data, query_gradients_.data(), rows() * head_dim_);
-    });
+    const int size = rows() * head_dim_;
+    add_rows(Rows<const Accum>{gradients.data, size}, 1, size, query_gradients_.data());
   }
 
   void write_key_gradients() {

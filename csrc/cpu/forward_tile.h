@@ -71,13 +71,12 @@ class ForwardTile {
   // The output of one of the heads, counted from 0, to `to`, a row for each query.
   template <class To>
   void write_out(int head, Rows<To> to) const {
-    vectorized(CHUNKATTN_LOOPS(bytes) {
-      for (int n = head; n < rows_; n += heads_) {
-        const Accum sum = sum_.data()[n];
-        convert_row<Simd<Accum, bytes>>(out_.data() + n * head_dim_, to.data + n / heads_ * to.stride, head_dim_,
-                                        sum == 0 ? Accum(0) : value_factor_ / sum);
-      }
-    });
+    for (int n = head; n < rows_; n += heads_) {
+      const Accum sum = sum_.data()[n];
+      convert_rows(Rows<const Accum>{out_.data() + n * head_dim_, head_dim_},
+                   Rows<To>{to.data + n / heads_ * to.stride, to.stride}, 1, head_dim_,
+                   sum == 0 ? Accum(0) : value_factor_ / sum);
+    }
   }
 
   // Rows of the tile: those of a query, one for each head, lie together.
@@ -93,10 +92,7 @@ class ForwardTile {
     const SoftmaxState<Accum> state = {shift_.data() + block.first_row, sum_.data() + block.first_row};
     gemm(Transpose::kNo, Transpose::kYes, block.rows, block.keys, head_dim_, queries_.data() + offset, head_dim_,
          keys.data, static_cast<int>(keys.stride), false, logits_.data(), kStride);
-    vectorized(CHUNKATTN_LOOPS(bytes) {
-      update_softmax<Simd<Accum, bytes>>(block, logits_.data(), probabilities(), kStride, scale_, state, first, out,
-                                         head_dim_);
-    });
+    update_softmax(block, logits_.data(), probabilities(), kStride, scale_, state, first, out, head_dim_);
     gemm(Transpose::kNo, Transpose::kNo, block.rows, head_dim_, block.keys, probabilities(), kStride, values.data,
          static_cast<int>(values.stride), !first, out, head_dim_);
   }

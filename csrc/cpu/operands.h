@@ -9,7 +9,7 @@
 #include "cpu/buffer.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
-#include "cpu/rotary.h"
+#include "cpu/rows.h"
 #include "cpu/tiles.h"
 #include "params.h"
 

@@ -17,13 +17,10 @@ void average_region(const void* tensor, const Strides& strides, const SelectPara
   const int tokens = std::min(params.geometry.region_size, params.shape.seqlen_k - begin);
   const int head_dim = params.shape.head_dim;
   std::fill_n(mean, head_dim, Accum(0));
-  vectorized(CHUNKATTN_LOOPS(bytes) {
-    for (int head = head_begin; head < head_end; ++head) {
-      const Rows<const Storage> rows = rows_of<Storage>(tensor, strides, batch, begin, head);
-      for (int n = 0; n < tokens; ++n) add_row<Simd<Accum, bytes>>(rows.data + n * rows.stride, mean, head_dim);
-    }
-    for (int d = 0; d < head_dim; ++d) mean[d] /= Accum(tokens);
-  });
+  for (int head = head_begin; head < head_end; ++head) {
+    add_rows(rows_of<Storage>(tensor, strides, batch, begin, head), tokens, head_dim, mean);
+  }
+  for (int d = 0; d < head_dim; ++d) mean[d] /= Accum(tokens);
 }
 
 // Of all keys: [batch, kv_heads, regions, head_dim].

@@ -109,14 +109,9 @@ class SelectMergeStep {
   // Adds up some rows of some heads.
   void add_rows(const void* tensor, const Strides& strides, int batch, HeadRange heads, int first, int count,
                 Accum* sum) const {
-    vectorized(CHUNKATTN_LOOPS(bytes) {
-      for (int head = heads.begin; head < heads.end; ++head) {
-        const Rows<const Storage> rows = rows_of<Storage>(tensor, strides, batch, first, head);
-        for (int n = 0; n < count; ++n) {
-          add_row<Simd<Accum, bytes>>(rows.data + n * rows.stride, sum, params_.head_dim);
-        }
-      }
-    });
+    for (int head = heads.begin; head < heads.end; ++head) {
+      cpu::add_rows(rows_of<Storage>(tensor, strides, batch, first, head), count, params_.head_dim, sum);
+    }
   }
 
   Accum* region_sums(int batch, int head) const {

@@ -138,15 +138,15 @@ const char* launch_round_key_gradients(const BackwardParams& params, const KeyGr
 }  // namespace
 
 const char* launch_round_key_gradients(const BackwardParams& params, const KeyGradientSums& sums, cudaStream_t stream) {
-  return params.forward.dtype == DataType::kBFloat16 ? launch_round_key_gradients<__nv_bfloat16>(params, sums, stream)
-                                                     : launch_round_key_gradients<__half>(params, sums, stream);
+  return params.forward.dtype == DataType::kBFloat16 ? launch_round_key_gradients<BFloat16>(params, sums, stream)
+                                                     : launch_round_key_gradients<Float16>(params, sums, stream);
 }
 
 const char* launch_finish(const BackwardParams& params, const BackwardWorkspace& workspace,
                           const BackwardVectorPaths& vectorized, cudaStream_t stream) {
   return params.forward.dtype == DataType::kBFloat16
-             ? launch_over_rows(&finish_kernel<__nv_bfloat16>, params, workspace, vectorized.finish, stream)
-             : launch_over_rows(&finish_kernel<__half>, params, workspace, vectorized.finish, stream);
+             ? launch_over_rows(&finish_kernel<BFloat16>, params, workspace, vectorized.finish, stream)
+             : launch_over_rows(&finish_kernel<Float16>, params, workspace, vectorized.finish, stream);
 }
 
 }  // namespace chunkattn::cuda

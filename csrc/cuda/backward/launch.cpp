@@ -1,10 +1,8 @@
 // Runs the steps of the backward: rotated keys and queries, the main loop's kernel and instantiation, dQ; of
 // select-and-merge attention also its lists, and dK and dV.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/backward/launchers.h"
 #include "cuda/common/device.h"
+#include "cuda/common/element_types.h"
 #include "cuda/common/packed_sequences.h"
 #include "group_attention.h"
 #include "kernels.h"
@@ -80,8 +78,8 @@ const char* run_steps(const Launcher& launcher, const BackwardParams& params, Ba
   }
   if (failure == nullptr && forward.rows_k() > 0) {
     failure = forward.dtype == DataType::kBFloat16
-                  ? launch_main_loop<__nv_bfloat16>(launcher, params, workspace, vectorized, plan, stream)
-                  : launch_main_loop<__half>(launcher, params, workspace, vectorized, plan, stream);
+                  ? launch_main_loop<BFloat16>(launcher, params, workspace, vectorized, plan, stream)
+                  : launch_main_loop<Float16>(launcher, params, workspace, vectorized, plan, stream);
   }
   return failure == nullptr ? launch_finish(params, workspace, vectorized, stream) : failure;
 }

@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kRowThreads)
 const char* launch_prepare(const BackwardParams& params, const BackwardWorkspace& workspace,
                            const BackwardVectorPaths& vectorized, cudaStream_t stream) {
   return params.forward.dtype == DataType::kBFloat16
-             ? launch_over_rows(&prepare_kernel<__nv_bfloat16>, params, workspace, vectorized.prepare, stream)
-             : launch_over_rows(&prepare_kernel<__half>, params, workspace, vectorized.prepare, stream);
+             ? launch_over_rows(&prepare_kernel<BFloat16>, params, workspace, vectorized.prepare, stream)
+             : launch_over_rows(&prepare_kernel<Float16>, params, workspace, vectorized.prepare, stream);
 }
 
 }  // namespace chunkattn::cuda

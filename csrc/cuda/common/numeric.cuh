@@ -1,53 +1,67 @@
 // Conversions and fast functions for the 16-bit types the kernels take.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+
+#include "cuda/common/element_types.h"
 
 namespace chunkattn::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(BFloat16 x) {
+  float y;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.f32.bf16 %0, %1;\n" : "=f"(y) : "h"(x.bits));
+#else
+  asm("mov.b32 %0, {0, %1};\n" : "=f"(y) : "h"(x.bits));
+#endif
+  return y;
+}
+__device__ __forceinline__ float to_float(Float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;\n" : "=f"(y) : "h"(x.bits));
+  return y;
+}
 
+// Rounded to nearest, ties to even.
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
+  BFloat16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;\n" : "=h"(y.bits) : "f"(x));
+  return y;
 }
 template <>
-__device__ __forceinline__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
+__device__ __forceinline__ Float16 from_float<Float16>(float x) {
+  Float16 y;
+  asm("cvt.rn.f16.f32 %0, %1;\n" : "=h"(y.bits) : "f"(x));
+  return y;
 }
 
 // Two values in one register, `low` in the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>
-__device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
+__device__ __forceinline__ uint32_t pack2<BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %2, %1;\n" : "=r"(pair) : "f"(low), "f"(high));
+  return pair;
 }
 template <>
-__device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
+__device__ __forceinline__ uint32_t pack2<Float16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %2, %1;\n" : "=r"(pair) : "f"(low), "f"(high));
+  return pair;
 }
 
 template <typename T>
-__device__ __forceinline__ float2 unpack2(uint32_t pair);
-template <>
-__device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t pair) {
-  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-}
-template <>
-__device__ __forceinline__ float2 unpack2<__half>(uint32_t pair) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
+__device__ __forceinline__ float2 unpack2(uint32_t pair) {
+  T low, high;
+  asm("mov.b32 {%0, %1}, %2;\n" : "=h"(low.bits), "=h"(high.bits) : "r"(pair));
+  return {to_float(low), to_float(high)};
 }
 
 // 2^x in one instruction; 0 for x = -inf.

@@ -67,14 +67,14 @@ __global__ void __launch_bounds__(kThreads) clear_unseeing_kernel(const __grid_c
 
 const char* launch_clear_unseeing(const DecodeParams& params, cudaStream_t stream) {
   const auto kernel =
-      params.dtype == DataType::kBFloat16 ? &clear_unseeing_kernel<__nv_bfloat16> : &clear_unseeing_kernel<__half>;
+      params.dtype == DataType::kBFloat16 ? &clear_unseeing_kernel<BFloat16> : &clear_unseeing_kernel<Float16>;
   kernel<<<params.batch, kThreads, 0, stream>>>(params);
   const cudaError_t status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 const char* launch_append(const DecodeParams& params, cudaStream_t stream) {
-  return params.dtype == DataType::kBFloat16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
+  return params.dtype == DataType::kBFloat16 ? launch<BFloat16>(params, stream) : launch<Float16>(params, stream);
 }
 
 }  // namespace chunkattn::cuda

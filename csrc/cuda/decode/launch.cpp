@@ -1,8 +1,6 @@
 // Runs the steps of decoding: the append where it is one of its own, the kernel and instantiation, the combination.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/common/device.h"
+#include "cuda/common/element_types.h"
 #include "cuda/decode/launchers.h"
 #include "kernels.h"
 
@@ -63,8 +61,8 @@ const char* dca_decode(const DecodeParams& params, const DecodeWorkspace& worksp
   // Code for later devices is compiled from PTX of sm_80, which does not know how to wait.
   const bool dependent_launch = device.compute_capability == 90;
   return params.dtype == DataType::kBFloat16
-             ? launch<__nv_bfloat16>(params, workspace, paths, plan, dependent_launch, cuda_stream)
-             : launch<__half>(params, workspace, paths, plan, dependent_launch, cuda_stream);
+             ? launch<BFloat16>(params, workspace, paths, plan, dependent_launch, cuda_stream)
+             : launch<Float16>(params, workspace, paths, plan, dependent_launch, cuda_stream);
 }
 
 }  // namespace chunkattn::cuda

@@ -1,9 +1,7 @@
 // Long chunks of prefill: the new tokens are appended, then the forward kernel attends to the cache.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cache_attention.h"
 #include "cuda/common/device.h"
+#include "cuda/common/element_types.h"
 #include "cuda/decode/launchers.h"
 #include "cuda/forward/launchers.h"
 
@@ -62,8 +60,8 @@ const char* launch_prefill(const DecodeParams& params, const DecodeWorkspace& wo
   if (const char* failure = launch_clear_unseeing(params, stream)) return failure;
   const ForwardParams forward = forward_params(params, workspace);
   const KernelPlan plan = plan_forward(forward.shape, device.compute_capability);
-  return params.dtype == DataType::kBFloat16 ? launch<__nv_bfloat16>(forward, params, plan, stream)
-                                             : launch<__half>(forward, params, plan, stream);
+  return params.dtype == DataType::kBFloat16 ? launch<BFloat16>(forward, params, plan, stream)
+                                             : launch<Float16>(forward, params, plan, stream);
 }
 
 }  // namespace chunkattn::cuda

@@ -17,7 +17,7 @@ namespace chunkattn::cuda {
 
 template <typename T, bool kFloat8>
 struct DecodeProducts {
-  using Operand = std::conditional_t<kFloat8, __half, T>;
+  using Operand = std::conditional_t<kFloat8, Float16, T>;
 
   // Writes eight elements of a query row, its chunk-th, as the a operand wants them.
   template <typename Tile>
@@ -123,7 +123,7 @@ struct DecodeProducts {
     if constexpr (std::is_same_v<T, Operand>) return pair;
     constexpr float kLargest = 65504.f;
     const float2 x = unpack2<T>(pair);
-    return pack2<__half>(fminf(fmaxf(x.x, -kLargest), kLargest), fminf(fmaxf(x.y, -kLargest), kLargest));
+    return pack2<Float16>(fminf(fmaxf(x.x, -kLargest), kLargest), fminf(fmaxf(x.y, -kLargest), kLargest));
   }
 };
 

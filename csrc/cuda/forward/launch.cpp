@@ -1,8 +1,6 @@
 // Picks the forward kernel and its instantiation for a call.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/common/device.h"
+#include "cuda/common/element_types.h"
 #include "cuda/common/packed_sequences.h"
 #include "cuda/forward/launchers.h"
 #include "cuda/select_merge/attended_regions.h"
@@ -63,9 +61,9 @@ const char* launch(const Launcher& launcher, const VectorPaths& vectorized, bool
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (launcher.params.dtype) {
     case DataType::kBFloat16:
-      return launch<__nv_bfloat16>(launcher, vectorized, plan, cuda_stream);
+      return launch<BFloat16>(launcher, vectorized, plan, cuda_stream);
     case DataType::kFloat16:
-      return launch<__half>(launcher, vectorized, plan, cuda_stream);
+      return launch<Float16>(launcher, vectorized, plan, cuda_stream);
     default:
       return "chunkattn's CUDA kernels take bfloat16 and float16";
   }

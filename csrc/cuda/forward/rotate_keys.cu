@@ -79,9 +79,9 @@ const char* rotate_keys(const ForwardParams& params, void* rotated, const Stride
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (params.dtype) {
     case DataType::kBFloat16:
-      return launch<__nv_bfloat16>(params, rotated, rotated_strides, cuda_stream);
+      return launch<BFloat16>(params, rotated, rotated_strides, cuda_stream);
     case DataType::kFloat16:
-      return launch<__half>(params, rotated, rotated_strides, cuda_stream);
+      return launch<Float16>(params, rotated, rotated_strides, cuda_stream);
     default:
       return "chunkattn's CUDA kernels take bfloat16 and float16";
   }

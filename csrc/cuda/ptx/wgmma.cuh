@@ -3,10 +3,9 @@
 // as common/softmax.cuh says; a in registers has the layout of mma.m16n8k16's a.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+
+#include "cuda/common/element_types.h"
 
 namespace chunkattn::ptx {
 
@@ -115,14 +114,14 @@ struct Wgmma;
     }                                                                                                                  \
   };
 
-CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 64, "32", "33", "34", "35", "36", "37")
-CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 80, "40", "41", "42", "43", "44", "45")
-CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 128, "64", "65", "66", "67", "68", "69")
-CHUNKATTN_WGMMA(__nv_bfloat16, "bf16", 256, "128", "129", "130", "131", "132", "133")
-CHUNKATTN_WGMMA(__half, "f16", 64, "32", "33", "34", "35", "36", "37")
-CHUNKATTN_WGMMA(__half, "f16", 80, "40", "41", "42", "43", "44", "45")
-CHUNKATTN_WGMMA(__half, "f16", 128, "64", "65", "66", "67", "68", "69")
-CHUNKATTN_WGMMA(__half, "f16", 256, "128", "129", "130", "131", "132", "133")
+CHUNKATTN_WGMMA(cuda::BFloat16, "bf16", 64, "32", "33", "34", "35", "36", "37")
+CHUNKATTN_WGMMA(cuda::BFloat16, "bf16", 80, "40", "41", "42", "43", "44", "45")
+CHUNKATTN_WGMMA(cuda::BFloat16, "bf16", 128, "64", "65", "66", "67", "68", "69")
+CHUNKATTN_WGMMA(cuda::BFloat16, "bf16", 256, "128", "129", "130", "131", "132", "133")
+CHUNKATTN_WGMMA(cuda::Float16, "f16", 64, "32", "33", "34", "35", "36", "37")
+CHUNKATTN_WGMMA(cuda::Float16, "f16", 80, "40", "41", "42", "43", "44", "45")
+CHUNKATTN_WGMMA(cuda::Float16, "f16", 128, "64", "65", "66", "67", "68", "69")
+CHUNKATTN_WGMMA(cuda::Float16, "f16", 256, "128", "129", "130", "131", "132", "133")
 
 #undef CHUNKATTN_WGMMA
 #undef CHUNKATTN_REGISTERS_64

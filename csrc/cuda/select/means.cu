@@ -3,8 +3,6 @@
 // Scores are to be right to float32, and tensor cores multiply 16-bit elements. A mean is therefore scaled by a power
 // of two and split into the nearest float16 and the float16 nearest to what is left: 22 bits. Rows of Q have a scale
 // each, since scores are only compared within a row; all means of a KV head must have one, which is known when all are.
-#include <cuda_fp16.h>
-
 #include "cuda/common/numeric.cuh"
 #include "cuda/common/rotary.cuh"
 #include "cuda/select/launchers.h"
@@ -100,7 +98,7 @@ __device__ __forceinline__ void region_mean(float (&mean)[kChunk], const RegionS
 }
 
 template <int kHeadDim>
-__device__ __forceinline__ void store_split(__half* row, const float (&mean)[kChunk], float scale, int chunk) {
+__device__ __forceinline__ void store_split(Float16* row, const float (&mean)[kChunk], float scale, int chunk) {
   split_mean(reinterpret_cast<uint4*>(row + chunk * kChunk), reinterpret_cast<uint4*>(row + kHeadDim + chunk * kChunk),
              mean, scale);
 }
@@ -108,7 +106,7 @@ __device__ __forceinline__ void store_split(__half* row, const float (&mean)[kCh
 // A warp for each region, neighbouring heads of one region side by side.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
-    query_means_kernel(const __grid_constant__ RegionSource source, __half* means) {
+    query_means_kernel(const __grid_constant__ RegionSource source, Float16* means) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int region = static_cast<int>(index / source.planes), plane = static_cast<int>(index % source.planes);
   if (region >= source.regions) return;
@@ -116,7 +114,7 @@ __global__ void __launch_bounds__(kThreads)
   region_mean<T, kHeadDim>(mean, source, plane, region);
   const float scale = scale_for(largest_magnitude<kHeadDim>(mean));
   const int lane = threadIdx.x % 32;
-  __half* row = means + (static_cast<int64_t>(plane) * source.regions + region) * 2 * kHeadDim;
+  Float16* row = means + (static_cast<int64_t>(plane) * source.regions + region) * 2 * kHeadDim;
   if (lane < kHeadDim / kChunk) store_split<kHeadDim>(row, mean, scale, lane);
 }
 
@@ -156,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncwarp();  // the row is overwritten
   if (!inside) return;
   const float scale = scale_for(__uint_as_float(largest_of_plane[row_index / regions]));
-  store_split<kHeadDim>(reinterpret_cast<__half*>(row), mean, scale, chunk);
+  store_split<kHeadDim>(reinterpret_cast<Float16*>(row), mean, scale, chunk);
 }
 
 template <typename T, int kHeadDim>
@@ -192,7 +190,7 @@ const char* launch(const SelectPass& pass, cudaStream_t stream) {
   if (query_rows / kWarps >= INT32_MAX) return "q has too many regions for one launch";
   const SelectWorkspace& workspace = pass.workspace;
   query_means_kernel<T, kHeadDim>
-      <<<blocks(query_rows), kThreads, 0, stream>>>(queries, static_cast<__half*>(workspace.q_means));
+      <<<blocks(query_rows), kThreads, 0, stream>>>(queries, static_cast<Float16*>(workspace.q_means));
   const cudaError_t cleared = cudaMemsetAsync(workspace.k_largest, 0, pass.kv_planes * sizeof(unsigned), stream);
   if (cleared != cudaSuccess) return cudaGetErrorString(cleared);
   key_means_kernel<T, kHeadDim>
@@ -219,7 +217,7 @@ const char* launch(const SelectPass& pass, cudaStream_t stream) {
 }  // namespace
 
 const char* launch_region_means(const SelectPass& pass, cudaStream_t stream) {
-  return pass.params.dtype == DataType::kBFloat16 ? launch<__nv_bfloat16>(pass, stream) : launch<__half>(pass, stream);
+  return pass.params.dtype == DataType::kBFloat16 ? launch<BFloat16>(pass, stream) : launch<Float16>(pass, stream);
 }
 
 }  // namespace chunkattn::cuda

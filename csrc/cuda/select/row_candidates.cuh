@@ -92,14 +92,20 @@ class RowCandidates {
   template <int kColumns>
   __device__ __forceinline__ void reduce() {
     __syncwarp();  // what other lanes appended
-    const int few = (most_stored(capacity_, kColumns) + (top_k_ + reduction_slack(top_k_)) / 4) / 2;
-    reduce_rows(rows_of_quads(stored(0) > few) | rows_of_quads(stored(1) > few) << 8, nullptr);
+    reduce_rows(half_full_rows<kColumns>(), nullptr);
   }
 
   // Writes the top_k best of each of the first `rows` rows to `lists`, the warp's first row in it.
   __device__ __forceinline__ void finish(uint64_t* lists, int rows) {
     __syncwarp();  // what other lanes appended
-    reduce_rows(rows >= 16 ? 0xffffu : rows > 0 ? (1u << rows) - 1 : 0, lists);
+    reduce_rows(first_rows(rows), lists);
+  }
+
+  // The one or the other. Most of a kernel's code is in these: where both are wanted this has it once.
+  template <int kColumns>
+  __device__ __forceinline__ void reduce_or_finish(bool finishes, uint64_t* lists, int rows) {
+    __syncwarp();  // what other lanes appended
+    reduce_rows(finishes ? first_rows(rows) : half_full_rows<kColumns>(), finishes ? lists : nullptr);
   }
 
  private:
@@ -141,6 +147,16 @@ class RowCandidates {
 #pragma unroll
     for (int quad = 0; quad < 8; ++quad) rows |= (lanes >> quad * 4 & 15) != 0 ? 1u << quad : 0;
     return rows;
+  }
+
+  // The rows as bits.
+  template <int kColumns>
+  __device__ __forceinline__ uint32_t half_full_rows() const {
+    const int few = (most_stored(capacity_, kColumns) + (top_k_ + reduction_slack(top_k_)) / 4) / 2;
+    return rows_of_quads(stored(0) > few) | rows_of_quads(stored(1) > few) << 8;
+  }
+  static __device__ __forceinline__ uint32_t first_rows(int rows) {
+    return rows >= 16 ? 0xffffu : rows > 0 ? (1u << rows) - 1 : 0;
   }
 
   static __device__ __forceinline__ uint64_t load(const uint64_t* entry) {

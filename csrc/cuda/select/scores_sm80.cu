@@ -3,8 +3,6 @@
 //
 // A thread block takes blocks of 64 rows from a counter, 16 rows for each warp, and walks their key tiles from right to
 // left. A score is high * high + high * low + low * high of the two parts of the means, as on Hopper.
-#include <cuda_fp16.h>
-
 #include "cuda/common/copy_rows.cuh"
 #include "cuda/common/persistent_launch.cuh"
 #include "cuda/common/warp_multiply.cuh"
@@ -35,13 +33,13 @@ struct ScoresSm80 {
     return {shared + 2 * QueryShared::kBytes + (stage * 2 + part) * KeyShared::kBytes};
   }
 
-  static __device__ __forceinline__ const __half* row_of(const void* means, const SelectPass& pass, int plane,
-                                                         int row) {
-    return static_cast<const __half*>(means) + (static_cast<int64_t>(plane) * pass.rule.regions + row) * 2 * kHeadDim;
+  static __device__ __forceinline__ const Float16* row_of(const void* means, const SelectPass& pass, int plane,
+                                                          int row) {
+    return static_cast<const Float16*>(means) + (static_cast<int64_t>(plane) * pass.rule.regions + row) * 2 * kHeadDim;
   }
 
   __device__ __forceinline__ void load_queries(const SelectPass& pass, const RowBlock& work) const {
-    const __half* rows = row_of(pass.workspace.q_means, pass, work.plane, work.first_row);
+    const Float16* rows = row_of(pass.workspace.q_means, pass, work.plane, work.first_row);
     for (int part = 0; part < 2; ++part) {
       copy_rows_async<kThreads>(query_tile(part), rows + part * kHeadDim, 2 * kHeadDim,
                                 pass.rule.regions - work.first_row, kHeadDim, true);
@@ -50,7 +48,7 @@ struct ScoresSm80 {
 
   __device__ __forceinline__ void load_keys(const SelectPass& pass, const RowBlock& work, int tile) const {
     if (tile < 0) return;
-    const __half* rows = row_of(pass.workspace.k_means, pass, work.kv_plane, tile * kTileN);
+    const Float16* rows = row_of(pass.workspace.k_means, pass, work.kv_plane, tile * kTileN);
     for (int part = 0; part < 2; ++part) {
       copy_rows_async<kThreads>(key_tile(tile % kStages, part), rows + part * kHeadDim, 2 * kHeadDim,
                                 pass.rule.regions - tile * kTileN, kHeadDim, true);
@@ -65,9 +63,9 @@ struct ScoresSm80 {
       for (int i = 0; i < 4; ++i) scores[0][block][i] = 0.f;
     }
     constexpr Inner kAlong = Inner::kAlongRows;
-    warp_multiply<__half, kAlong, kAlong, kHeadDim>(scores, query_tile(0), row, key_tile(stage, 1), 0);
-    warp_multiply<__half, kAlong, kAlong, kHeadDim>(scores, query_tile(1), row, key_tile(stage, 0), 0);
-    warp_multiply<__half, kAlong, kAlong, kHeadDim>(scores, query_tile(0), row, key_tile(stage, 0), 0);
+    warp_multiply<Float16, kAlong, kAlong, kHeadDim>(scores, query_tile(0), row, key_tile(stage, 1), 0);
+    warp_multiply<Float16, kAlong, kAlong, kHeadDim>(scores, query_tile(1), row, key_tile(stage, 0), 0);
+    warp_multiply<Float16, kAlong, kAlong, kHeadDim>(scores, query_tile(0), row, key_tile(stage, 0), 0);
   }
 
   __device__ __forceinline__ void score(const SelectPass& pass, const RowBlock& work,
@@ -93,9 +91,11 @@ struct ScoresSm80 {
       const int first = tile * kTileN + threadIdx.x % 4 * 2;
       if ((tile + 1) * kTileN > work.whole_end) hide_regions(scores[0], first, end);
       rows.append(scores[0], first);
-      if (tile != 0 && rows.template full<kTileN>()) rows.template reduce<kTileN>();
+      if (tile == 0 || rows.template full<kTileN>()) {
+        rows.template reduce_or_finish<kTileN>(tile == 0, row_lists(pass, work, first_row),
+                                               pass.rule.regions - first_row);
+      }
     }
-    rows.finish(row_lists(pass, work, first_row), pass.rule.regions - first_row);
     ptx::cp_async_wait<0>();
   }
 

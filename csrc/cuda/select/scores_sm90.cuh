@@ -6,8 +6,6 @@
 // other compares. A score is high * high + high * low + low * high; what is left out is below float32's rounding.
 #pragma once
 
-#include <cuda_fp16.h>
-
 #include "cuda/common/ring.cuh"
 #include "cuda/common/swizzled_tile.cuh"
 #include "cuda/common/tile_schedule.h"
@@ -99,7 +97,7 @@ struct ScoresSm90 {
   // The a operands of the warp's 16 rows: `part` 0 for the means, 1 for what is left of them.
   __device__ __forceinline__ void load_rows(Operand& a, const RowBlock& work, int first_row, int part) const {
     const int lane = threadIdx.x % 32;
-    const __half* means = static_cast<const __half*>(pass.workspace.q_means);
+    const Float16* means = static_cast<const Float16*>(pass.workspace.q_means);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + lane / 4 + half * 8;
@@ -122,15 +120,15 @@ struct ScoresSm90 {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      ptx::Wgmma<__half, kTileN>::rs_rows(scores, high[step], descriptor + offset(step) + kPartBytes / 16, step > 0);
+      ptx::Wgmma<Float16, kTileN>::rs_rows(scores, high[step], descriptor + offset(step) + kPartBytes / 16, step > 0);
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      ptx::Wgmma<__half, kTileN>::rs_rows(scores, low[step], descriptor + offset(step), true);
+      ptx::Wgmma<Float16, kTileN>::rs_rows(scores, low[step], descriptor + offset(step), true);
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      ptx::Wgmma<__half, kTileN>::rs_rows(scores, high[step], descriptor + offset(step), true);
+      ptx::Wgmma<Float16, kTileN>::rs_rows(scores, high[step], descriptor + offset(step), true);
     }
     ptx::wgmma_commit();
   }

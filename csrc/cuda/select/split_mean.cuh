@@ -1,8 +1,6 @@
 // A semantic token as the tensor cores take it: scaled by a power of two, and cut into two float16.
 #pragma once
 
-#include <cuda_fp16.h>
-
 #include <cfloat>
 
 #include "cuda/common/rotary.cuh"
@@ -39,11 +37,11 @@ __device__ __forceinline__ void split_mean(uint4* first, uint4* second, const fl
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const float x = mean[i] * scale;
-    high[i] = fabsf(x) == INFINITY ? 0.f : __half2float(__float2half_rn(x));
+    high[i] = fabsf(x) == INFINITY ? 0.f : to_float(from_float<Float16>(x));
     low[i] = x - high[i];
   }
-  *first = pack8<__half>(high);
-  *second = pack8<__half>(low);
+  *first = pack8<Float16>(high);
+  *second = pack8<Float16>(low);
 }
 
 }  // namespace chunkattn::cuda

@@ -1,7 +1,5 @@
 // What a span adds to the cache, and the block table of what its queries attend to. Rows are bits but where they are
 // added up, so that one kernel serves both element types.
-#include <cuda_fp16.h>
-
 #include "cuda/common/launch_step.cuh"
 #include "cuda/decode/cache_rows.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
@@ -33,7 +31,7 @@ struct SpanAppend {
 
   __device__ __forceinline__ float value_of(uint16_t bits) const {
     if (step.params.dtype == DataType::kBFloat16) return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-    return __half2float(__ushort_as_half(bits));
+    return to_float(Float16{bits});
   }
 
   static __device__ __forceinline__ const uint16_t* row(const void* tensor, const Strides& strides, int batch,

@@ -18,7 +18,7 @@ namespace {
 
 __device__ __forceinline__ float float_of_bits(uint16_t bits, DataType dtype) {
   if (dtype == DataType::kBFloat16) return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-  return __half2float(__ushort_as_half(bits));
+  return to_float(Float16{bits});
 }
 
 // Eight elements of a row of sums from `begin` on, zeros behind its end.
@@ -148,8 +148,8 @@ struct CacheScores {
     constexpr Inner kAlong = Inner::kAlongRows;
 #pragma unroll 1  // keeps the code and the registers of one product: the smallest terms come first
     for (int product = 2; product >= 0; --product) {
-      warp_multiply<__half, kAlong, kAlong, kHeadDim>(scores, query_tile(product / 2), warp_row(),
-                                                      key_tile(product % 2), 0);
+      warp_multiply<Float16, kAlong, kAlong, kHeadDim>(scores, query_tile(product / 2), warp_row(),
+                                                       key_tile(product % 2), 0);
     }
 #pragma unroll
     for (int block = 0; block < kTileN / 8; ++block) {
@@ -186,10 +186,15 @@ struct CacheScores {
     Sums sums;
     if (begin_tile < end_tile) load_keys(end_tile - 1, sums);
 #pragma unroll 1
-    for (int tile = end_tile - 1; tile >= begin_tile; --tile) {
+    for (int tile = end_tile - 1;; --tile) {
+      const bool last = tile < begin_tile;
       // Every warp has finished with the tile before. Where one has no room for another, all that soon have none make
       // it.
-      if (__syncthreads_or(rows.template full<kTileN>()) && warp_votes()) rows.template reduce<kTileN>();
+      const bool full = __syncthreads_or(rows.template full<kTileN>()) != 0;
+      if ((last || full) && warp_votes()) {
+        rows.template reduce_or_finish<kTileN>(last, warp_lists, voters - warp_begin);
+      }
+      if (last) break;
       store_keys(sums);
       __syncthreads();  // the tile is there, and so are the queries
       if (tile > begin_tile) load_keys(tile - 1, sums);
@@ -199,12 +204,11 @@ struct CacheScores {
       if ((tile + 1) * kTileN > whole_end) hide(scores, tile, end);
       rows.append(scores[0], tile * kTileN + threadIdx.x % 4 * 2);
     }
-    if (warp_votes()) rows.finish(warp_lists, voters - warp_begin);
   }
 };
 
 template <int kHeadDim, int kInRegisters>
-__global__ void __launch_bounds__(CacheScores<kHeadDim, kInRegisters>::kThreads)
+__global__ void __launch_bounds__(CacheScores<kHeadDim, kInRegisters>::kThreads, 1)
     cache_scores_kernel(const __grid_constant__ SpanStep step) {
   using Kernel = CacheScores<kHeadDim, kInRegisters>;
   extern __shared__ __align__(128) unsigned char shared_memory[];

@@ -1,0 +1,17 @@
+#include "cuda/forward/launch_sm80.cuh"
+
+namespace chunkattn::cuda {
+
+template const char* launch_forward_sm80<BFloat16, 64>(const ForwardParams&, const VectorPaths&, const KernelPlan&,
+                                                       cudaStream_t);
+
+template const char* launch_region_forward_sm80<BFloat16, 64>(const ForwardParams&, const AttendedRegions&,
+                                                              const VectorPaths&, const KernelPlan&, cudaStream_t);
+
+template const char* launch_forward_sm80<Float16, 64>(const ForwardParams&, const VectorPaths&, const KernelPlan&,
+                                                      cudaStream_t);
+
+template const char* launch_region_forward_sm80<Float16, 64>(const ForwardParams&, const AttendedRegions&,
+                                                             const VectorPaths&, const KernelPlan&, cudaStream_t);
+
+}  // namespace chunkattn::cuda
