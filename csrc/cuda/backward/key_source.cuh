@@ -23,6 +23,7 @@ struct HeadRange {
 // Dual chunk attention: keys that follow one another, and the queries behind them. Nobody else has their gradients.
 struct ChunkKeyTiles {
   static constexpr bool kInRegions = false;
+  static constexpr bool kInSequences = false;
 
   using Tile = ChunkKeyTile;
 
@@ -95,11 +96,18 @@ struct ChunkKeyTiles {
   }
 };
 
+// The same of packed sequences, whose lengths the device alone knows. Hopper only: what a block of it works on lies in
+// shared memory, and the copy engine sees sequences end (encode_window_map).
+struct SequenceKeyTiles : ChunkKeyTiles {
+  static constexpr bool kInSequences = true;
+};
+
 // Select-and-merge attention (group_attention.h). A block has keys of a group's list of regions, or of the group
 // itself, and the queries of the group, of all heads that share the list. Other groups list the same regions, so
 // gradients are added to float32 sums. Keys of a list are counted from its first on.
 struct RegionKeyTiles {
   static constexpr bool kInRegions = true;
+  static constexpr bool kInSequences = false;
 
   AttendedRegions lists;
   RegionTiling tiling;
