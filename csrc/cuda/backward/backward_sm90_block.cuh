@@ -8,8 +8,6 @@
 // kernel is what they do (backward_sm90.cuh, backward_sm90_wide.cuh).
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/backward/key_source.cuh"
 #include "cuda/backward/tile_sizes.h"
 #include "cuda/common/ring.cuh"
@@ -67,13 +65,6 @@ struct BackwardSm90Block {
     int plane;    // batch * heads + head; -1 behind the last tile
   };
 
-  // What a block works on where constant memory and its index do not say.
-  struct SequenceWork {
-    typename Keys::Tile keys;
-    AttendingQueries queries;
-  };
-  struct NoWork {};
-
   struct Control {
     uint64_t keys_full;
     uint64_t query_full[kStages], query_empty[kStages];
@@ -81,7 +72,7 @@ struct BackwardSm90Block {
     uint64_t statistics_empty[kStages];  // they are full with the queries
     Statistics statistics[kStages];
     int key_rows[Keys::kInRegions ? kTileN / 8 : 1];  // where the boxes of K and V lie that come one by one
-    std::conditional_t<Keys::kInSequences, SequenceWork, NoWork> work;
+    typename Keys::Work work;
   };
 
   static constexpr size_t kTileBytes = backward_sm90_tile_bytes<kHeadDim>();
@@ -108,7 +99,7 @@ struct BackwardSm90Block {
 
   __device__ __forceinline__ decltype(auto) tiling() const {
     if constexpr (Keys::kInSequences) {
-      return (control.work.queries.tiling);
+      return (source.work->queries.tiling);
     } else {
       return QueryTiling{params.forward.geometry, params.forward.first_position(), params.forward.shape.seqlen_k,
                          kTileM};
@@ -117,16 +108,19 @@ struct BackwardSm90Block {
 
   __device__ __forceinline__ const RegimeRows& rows() const {
     if constexpr (Keys::kInSequences) {
-      return control.work.queries.rows;
+      return source.work->queries.rows;
     } else {
       return workspace.rows;
     }
   }
 
-  // Of its first query tile, among those of a plane.
-  __device__ __forceinline__ int first_turn() const {
-    if constexpr (Keys::kInSequences) return control.work.queries.first_turn;
-    return 0;
+  // Those of the first head's query tiles that may attend to the keys.
+  __device__ __forceinline__ int* turns() const {
+    if constexpr (Keys::kInSequences) {
+      return workspace.turns + source.work->queries.first_turn;
+    } else {
+      return workspace.turns;
+    }
   }
 
   // Of a tile's first query in q and dout, and in what has a value for every query of a plane.
@@ -135,24 +129,6 @@ struct BackwardSm90Block {
   }
   __device__ __forceinline__ int plane(int head) const {
     return Keys::kInSequences ? head : own.batch * params.forward.shape.heads + head;
-  }
-
-  // All threads, before anything starts: the keys of this block, none where it has nothing to do.
-  static __device__ __forceinline__ typename Keys::Tile find_keys(const BackwardParams& params,
-                                                                  const BackwardWorkspace& workspace,
-                                                                  const TileSchedule& schedule, const Keys& source,
-                                                                  Control& control) {
-    if constexpr (Keys::kInSequences) {
-      auto& [keys, queries] = control.work;
-      if (threadIdx.x == 0 &&
-          !source.describe(keys, queries, params, workspace, schedule, blockIdx.x, kTileM, kTileN)) {
-        keys.keys = {0, 0};
-      }
-      __syncthreads();
-      return keys;
-    } else {
-      return source.tile(params, key_tile_item(schedule, blockIdx.x), kTileN);
-    }
   }
 
   // How often the consumers and the warps of dQ arrive when they need Q, and dO, of a stage no longer.
@@ -483,10 +459,9 @@ struct BackwardSm90Block {
         const CUtensorMap* map = maps.dq + static_cast<int>(tile.regime);
         const int row = tile.row + (kCutRows ? warpgroup * 64 : 0);
         const int column = kCutRows ? 0 : warpgroup * kQueryColumns;
-        int* turn =
-            workspace.turns == nullptr
-                ? nullptr
-                : workspace.turns + static_cast<int64_t>(statistics.plane) * query_tiles + first_turn() + tile.index;
+        int* turn = workspace.turns == nullptr
+                        ? nullptr
+                        : turns() + static_cast<int64_t>(statistics.plane) * query_tiles + tile.index;
         if (turn != nullptr) {
           wait_for_turn(turn, kConsumers * own.order);  // each warpgroup of the tiles before passes one on
           ptx::fence_async_proxy_all();
@@ -539,14 +514,13 @@ __device__ __forceinline__ void run_backward_sm90(const BackwardParams& params, 
                                                   const Keys& source, const BackwardMaps& maps) {
   using Block = typename Kernel::Block;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& control = *reinterpret_cast<typename Block::Control*>(shared_memory + Block::kTileBytes);
   const Block block{params,
                     workspace,
                     maps,
                     source,
                     ptx::shared_address(shared_memory),
-                    control,
-                    Block::find_keys(params, workspace, schedule, source, control)};
+                    *reinterpret_cast<typename Block::Control*>(shared_memory + Block::kTileBytes),
+                    source.tile(params, key_tile_item(schedule, blockIdx.x), Block::kTileN)};
   if constexpr (Keys::kInRegions || Keys::kInSequences) {
     if (block.own.keys.begin >= block.own.keys.end) return;
   }

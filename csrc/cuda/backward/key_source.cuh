@@ -26,6 +26,7 @@ struct ChunkKeyTiles {
   static constexpr bool kInSequences = false;
 
   using Tile = ChunkKeyTile;
+  struct Work {};  // what of a block's work the Hopper kernel keeps in shared memory
 
   // Of a plain batch.
   __device__ __forceinline__ Tile tile(const BackwardParams& params, const KeyTileItem& item, int tile_n) const {
@@ -100,6 +101,28 @@ struct ChunkKeyTiles {
 // shared memory, and the copy engine sees sequences end (encode_window_map).
 struct SequenceKeyTiles : ChunkKeyTiles {
   static constexpr bool kInSequences = true;
+
+  struct Work {
+    Tile keys;  // none: the block has nothing to do
+    AttendingQueries queries;
+  };
+
+  Work* work;  // in shared memory
+
+  // Called by all threads before anything else.
+  __device__ __forceinline__ void find(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                       const TileSchedule& schedule, int tile_m, int tile_n) const {
+    if (threadIdx.x == 0 &&
+        !describe(work->keys, work->queries, params, workspace, schedule, blockIdx.x, tile_m, tile_n)) {
+      work->keys.keys = {0, 0};
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ Tile tile(const BackwardParams& /*params*/, const KeyTileItem& /*item*/,
+                                       int /*tile_n*/) const {
+    return work->keys;
+  }
 };
 
 // Select-and-merge attention (group_attention.h). A block has keys of a group's list of regions, or of the group
@@ -113,6 +136,8 @@ struct RegionKeyTiles {
   RegionTiling tiling;
   KeyGradientSums sums;
   int box_rows;  // Hopper only: the rows of a region that the copy engine brings at once, a divisor of the key tile
+
+  struct Work {};
 
   struct Tile : RegionTile {
     int batch;

@@ -36,8 +36,12 @@ __global__ void __launch_bounds__(BackwardSm90Block<T, kHeadDim, SequenceKeyTile
                              const __grid_constant__ BackwardVectorPaths vectorized,
                              const __grid_constant__ TileSchedule schedule, const __grid_constant__ BackwardMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  run_backward_sm90<BackwardSm90Kernel<T, kHeadDim, SequenceKeyTiles>>(params, workspace, vectorized, schedule,
-                                                                       SequenceKeyTiles{}, maps);
+  using Block = BackwardSm90Block<T, kHeadDim, SequenceKeyTiles>;
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  const SequenceKeyTiles keys{{}, &reinterpret_cast<typename Block::Control*>(shared_memory + Block::kTileBytes)->work};
+  keys.find(params, workspace, schedule, Block::kTileM, Block::kTileN);
+  run_backward_sm90<BackwardSm90Kernel<T, kHeadDim, SequenceKeyTiles>>(params, workspace, vectorized, schedule, keys,
+                                                                       maps);
 #endif
 }
 
@@ -88,13 +92,12 @@ const char* launch_backward_sm90(const BackwardParams& params, const BackwardWor
   BackwardMaps maps;
   const char* failure = encode_maps(&maps, params, workspace, plan, plan.tile_n);
   if (failure != nullptr) return failure;
-  const auto launch = [&]<typename Keys>(auto kernel, Keys) {
-    using Block = BackwardSm90Block<T, kHeadDim, Keys>;
-    return launch_key_tiles(kernel, schedule, Block::kThreads, Block::kSharedBytes, stream, params, workspace,
-                            vectorized, schedule, maps);
-  };
-  return params.forward.packed() ? launch(&dca_varlen_backward_sm90<T, kHeadDim>, SequenceKeyTiles{})
-                                 : launch(&dca_backward_sm90<T, kHeadDim>, ChunkKeyTiles{});
+  using Block = BackwardSm90Block<T, kHeadDim, ChunkKeyTiles>;
+  using SequenceBlock = BackwardSm90Block<T, kHeadDim, SequenceKeyTiles>;
+  const bool packed = params.forward.packed();
+  return launch_key_tiles(packed ? &dca_varlen_backward_sm90<T, kHeadDim> : &dca_backward_sm90<T, kHeadDim>, schedule,
+                          Block::kThreads, packed ? SequenceBlock::kSharedBytes : Block::kSharedBytes, stream, params,
+                          workspace, vectorized, schedule, maps);
 }
 
 template <typename T, int kHeadDim>
