@@ -62,7 +62,7 @@ struct BackwardSm90Block {
     float delta[kTileM];     // the same
     AttendingTile tile;
     bool masked;  // some query of the tile does not see some key
-    int plane;    // batch * heads + head; -1 behind the last tile
+    int plane;    // Block::plane(); -1 behind the last tile
   };
 
   struct Control {
@@ -114,7 +114,7 @@ struct BackwardSm90Block {
     }
   }
 
-  // Those of the first head's query tiles that may attend to the keys.
+  // Of the first head's query tiles that may attend to the keys.
   __device__ __forceinline__ int* turns() const {
     if constexpr (Keys::kInSequences) {
       return workspace.turns + source.work->queries.first_turn;
@@ -127,6 +127,7 @@ struct BackwardSm90Block {
   static __device__ __forceinline__ int query_row(const QueryTiling& tiles, const AttendingTile& tile) {
     return Keys::kInSequences ? tile.query : tile.begin - tiles.begin;
   }
+
   __device__ __forceinline__ int plane(int head) const {
     return Keys::kInSequences ? head : own.batch * params.forward.shape.heads + head;
   }

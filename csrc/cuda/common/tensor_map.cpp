@@ -70,7 +70,7 @@ const char* encode_gradient_window_map(CUtensorMap* map, float* data, int64_t pl
   const cuuint64_t row_bytes = head_dim * sizeof(float);
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), kGradientBoxRows, static_cast<cuuint64_t>(planes),
                               static_cast<cuuint64_t>(rows) + 1};
-  const cuuint64_t byte_strides[] = {row_bytes, (rows > 0 ? rows : 1) * row_bytes, row_bytes};
+  const cuuint64_t byte_strides[] = {row_bytes, rows * row_bytes, row_bytes};
   const cuuint32_t box[] = {32, kGradientBoxRows, 1, 1};
   return encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, data - static_cast<int64_t>(kGradientBoxRows) * head_dim, sizes,
                 byte_strides, box);
