@@ -208,6 +208,23 @@ def test_deterministic_gradients_repeat(device):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_rows_behind_the_last_sequence(device, head_dim):
+    # Tensors may have room for more than the offsets promise: what is there reaches nothing.
+    if device.type != "cuda":
+        pytest.skip("refused on the CPU")
+    case = LONG.but(head_dim=head_dim, deterministic=True)
+    lengths, behind = ((70, 70), (33, 150)), 40
+    for dtype in dtypes(device):
+        qkv, packing, options = packed_call(case, device, dtype, lengths)
+        dout = random_dout(qkv[0])
+        expected = gradients(chunkattn.dca_varlen, qkv, dout, {**packing, **options})
+        *longer, longer_dout = (torch.cat((x, torch.full_like(x[:behind], torch.nan))) for x in (*qkv, dout))
+        ours = gradients(chunkattn.dca_varlen, longer, longer_dout, {**packing, **options})
+        for a, b in zip(ours, expected, strict=True):
+            assert torch.equal(a[: len(b)], b)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("argument", ["q", "k", "v", "dout", "all"])
 def test_gradients_of_sequences_do_not_mix(device, head_dim, argument):
     # NaN in one sequence leaves all others bit by bit as they were.

@@ -62,7 +62,7 @@ struct BackwardSm90Block {
     float delta[kTileM];     // the same
     AttendingTile tile;
     bool masked;  // some query of the tile does not see some key
-    int plane;    // batch * heads + head; -1 behind the last tile
+    int plane;    // Block::plane(); -1 behind the last tile
   };
 
   struct Control {
@@ -72,6 +72,7 @@ struct BackwardSm90Block {
     uint64_t statistics_empty[kStages];  // they are full with the queries
     Statistics statistics[kStages];
     int key_rows[Keys::kInRegions ? kTileN / 8 : 1];  // where the boxes of K and V lie that come one by one
+    typename Keys::Work work;
   };
 
   static constexpr size_t kTileBytes = backward_sm90_tile_bytes<kHeadDim>();
@@ -96,8 +97,39 @@ struct BackwardSm90Block {
     return {q_tile(2 * kStages).base + buffer * LogitShared::kBytes};
   }
 
-  __device__ __forceinline__ QueryTiling tiling() const {
-    return {params.forward.geometry, params.forward.first_position(), params.forward.shape.seqlen_k, kTileM};
+  __device__ __forceinline__ decltype(auto) tiling() const {
+    if constexpr (Keys::kInSequences) {
+      return (source.work->queries.tiling);
+    } else {
+      return QueryTiling{params.forward.geometry, params.forward.first_position(), params.forward.shape.seqlen_k,
+                         kTileM};
+    }
+  }
+
+  __device__ __forceinline__ const RegimeRows& rows() const {
+    if constexpr (Keys::kInSequences) {
+      return source.work->queries.rows;
+    } else {
+      return workspace.rows;
+    }
+  }
+
+  // Of the first head's query tiles that may attend to the keys.
+  __device__ __forceinline__ int* turns() const {
+    if constexpr (Keys::kInSequences) {
+      return workspace.turns + source.work->queries.first_turn;
+    } else {
+      return workspace.turns;
+    }
+  }
+
+  // Of a tile's first query in q and dout, and in what has a value for every query of a plane.
+  static __device__ __forceinline__ int query_row(const QueryTiling& tiles, const AttendingTile& tile) {
+    return Keys::kInSequences ? tile.query : tile.begin - tiles.begin;
+  }
+
+  __device__ __forceinline__ int plane(int head) const {
+    return Keys::kInSequences ? head : own.batch * params.forward.shape.heads + head;
   }
 
   // How often the consumers and the warps of dQ arrive when they need Q, and dO, of a stage no longer.
@@ -114,12 +146,24 @@ struct BackwardSm90Block {
     ptx::mbarrier_init_fence();
   }
 
+  // The second and the fourth coordinate of a box of which `count` rows from `row` on belong to the tile. In sequences
+  // the others count as outside the tensor: encode_window_map.
+  struct BoxPlace {
+    int row;
+    int batch;
+  };
+  template <int kBoxRows>
+  __device__ __forceinline__ BoxPlace box_place(int row, int count) const {
+    if constexpr (Keys::kInSequences) return {kBoxRows - count, row + count};
+    return {row, own.batch};
+  }
+
   template <typename Tile>
-  static __device__ __forceinline__ void load_tile(const Tile& tile, const CUtensorMap* map, uint64_t* full, int row,
-                                                   int head, int batch) {
+  static __device__ __forceinline__ void load_tile(const Tile& tile, const CUtensorMap* map, uint64_t* full,
+                                                   const BoxPlace& place, int head) {
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      ptx::tma_load_4d(tile.base + panel * Tile::kPanelBytes, map, full, panel * 64, row, head, batch);
+      ptx::tma_load_4d(tile.base + panel * Tile::kPanelBytes, map, full, panel * 64, place.row, head, place.batch);
     }
   }
 
@@ -141,10 +185,10 @@ struct BackwardSm90Block {
     ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
 #pragma unroll 1
     for (int box = 0; box < kTileN / source.box_rows; ++box) {
-      const int row = control.key_rows[box];
+      const BoxPlace place{control.key_rows[box], own.batch};
       const uint32_t offset = box * source.box_rows * 128;
-      load_tile(KeyShared{k_tile().base + offset}, &maps.k, &control.keys_full, row, own.kv_head, own.batch);
-      load_tile(KeyShared{v_tile().base + offset}, &maps.v, &control.keys_full, row, own.kv_head, own.batch);
+      load_tile(KeyShared{k_tile().base + offset}, &maps.k, &control.keys_full, place, own.kv_head);
+      load_tile(KeyShared{v_tile().base + offset}, &maps.v, &control.keys_full, place, own.kv_head);
     }
   }
 
@@ -152,25 +196,26 @@ struct BackwardSm90Block {
   __device__ __forceinline__ void load_tiles() const {
     if constexpr (!Keys::kInRegions) {
       ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
-      load_tile(k_tile(), &maps.k, &control.keys_full, own.keys.begin, own.kv_head, own.batch);
-      load_tile(v_tile(), &maps.v, &control.keys_full, own.keys.begin, own.kv_head, own.batch);
+      const BoxPlace place{own.first_key, Keys::kInSequences ? 0 : own.batch};
+      load_tile(k_tile(), &maps.k, &control.keys_full, place, own.kv_head);
+      load_tile(v_tile(), &maps.v, &control.keys_full, place, own.kv_head);
     }
-    const QueryTiling tiles = tiling();
+    const QueryTiling& tiles = tiling();
     const HeadRange heads = source.heads(params.forward.shape, own);
     Ring<kStages> ring;
 #pragma unroll 1
     for (int head = heads.begin; head < heads.end; ++head) {
-      for (auto walk = source.walk(params, tiles, workspace.rows, own); !walk.done(tiles);
-           walk.advance(tiles, workspace.rows)) {
-        const AttendingTile tile = walk.tile(tiles, workspace.rows);
+      for (auto walk = source.walk(params, tiles, rows(), own); !walk.done(tiles); walk.advance(tiles, rows())) {
+        const AttendingTile tile = walk.tile(tiles, rows());
         ring.wait_empty(control.query_empty);
         uint64_t* full = control.query_full + ring.index;
         ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
-        load_tile(q_tile(ring.index), maps.q + static_cast<int>(tile.regime), full, tile.row, head, own.batch);
+        load_tile(q_tile(ring.index), maps.q + static_cast<int>(tile.regime), full,
+                  box_place<kTileM>(tile.row, tile.count), head);
         ring.wait_empty(control.dout_empty);
         full = control.dout_full + ring.index;
         ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
-        load_tile(dout_tile(ring.index), &maps.dout, full, tile.begin - tiles.begin, head, own.batch);
+        load_tile(dout_tile(ring.index), &maps.dout, full, box_place<kTileM>(query_row(tiles, tile), tile.count), head);
         ring.advance();
       }
     }
@@ -178,17 +223,17 @@ struct BackwardSm90Block {
 
   // One warp.
   __device__ __forceinline__ void load_statistics() const {
-    const QueryTiling tiles = tiling();
+    const QueryTiling& tiles = tiling();
     const int lane = threadIdx.x % 32;
     const HeadRange heads = source.heads(params.forward.shape, own);
     Ring<kStages> ring;
 #pragma unroll 1
     for (int head = heads.begin; head < heads.end; ++head) {
-      const int plane = own.batch * params.forward.shape.heads + head;
-      for (auto walk = source.walk(params, tiles, workspace.rows, own); !walk.done(tiles);
-           walk.advance(tiles, workspace.rows)) {
-        const AttendingTile tile = walk.tile(tiles, workspace.rows);
-        const int64_t first = static_cast<int64_t>(plane) * params.forward.shape.seqlen_q + (tile.begin - tiles.begin);
+      const int plane = this->plane(head);
+      for (auto walk = source.walk(params, tiles, rows(), own); !walk.done(tiles); walk.advance(tiles, rows())) {
+        const AttendingTile tile = walk.tile(tiles, rows());
+        const int rows_q = Keys::kInSequences ? params.forward.total_q : params.forward.shape.seqlen_q;
+        const int64_t first = static_cast<int64_t>(plane) * rows_q + query_row(tiles, tile);
         ring.wait_empty(control.statistics_empty);
         Statistics& statistics = control.statistics[ring.index];
 #pragma unroll
@@ -409,7 +454,9 @@ struct BackwardSm90Block {
   // part(stage); once it is read, the warp arrives at the stage's barrier in `empty`.
   template <typename Part>
   __device__ __forceinline__ void add_query_gradients(int warpgroup, uint64_t* empty, Part&& part) const {
-    const int query_tiles = workspace.turns == nullptr ? 0 : tiling().count();
+    const int query_tiles = workspace.turns == nullptr ? 0
+                            : Keys::kInSequences       ? workspace.turns_per_plane
+                                                       : tiling().count();
     Ring<kStages> ring;
     while (true) {
       ptx::named_barrier_arrive(kPartFreeBarrier + warpgroup, kPartThreads);
@@ -424,15 +471,21 @@ struct BackwardSm90Block {
         const int column = kCutRows ? 0 : warpgroup * kQueryColumns;
         int* turn = workspace.turns == nullptr
                         ? nullptr
-                        : workspace.turns + static_cast<int64_t>(statistics.plane) * query_tiles + tile.index;
+                        : turns() + static_cast<int64_t>(statistics.plane) * query_tiles + tile.index;
         if (turn != nullptr) {
           wait_for_turn(turn, kConsumers * own.order);  // each warpgroup of the tiles before passes one on
           ptx::fence_async_proxy_all();
         }
 #pragma unroll
         for (int panel = 0; panel < kGradientPanels; ++panel) {
-          ptx::tma_add_3d(map, part(ring.index) + panel * kGradientPanelBytes, column + panel * 32, row,
-                          statistics.plane);
+          const uint32_t source_panel = part(ring.index) + panel * kGradientPanelBytes;
+          if constexpr (Keys::kInSequences) {
+            const int left = tile.count - (row - tile.row);
+            const BoxPlace place = box_place<64>(row, left < 0 ? 0 : left < 64 ? left : 64);
+            ptx::tma_add_4d(map, source_panel, column + panel * 32, place.row, statistics.plane, place.batch);
+          } else {
+            ptx::tma_add_3d(map, source_panel, column + panel * 32, row, statistics.plane);
+          }
         }
         ptx::bulk_commit();
         if (turn == nullptr) {
@@ -478,7 +531,7 @@ __device__ __forceinline__ void run_backward_sm90(const BackwardParams& params, 
                     ptx::shared_address(shared_memory),
                     *reinterpret_cast<typename Block::Control*>(shared_memory + Block::kTileBytes),
                     source.tile(params, key_tile_item(schedule, blockIdx.x), Block::kTileN)};
-  if constexpr (Keys::kInRegions) {
+  if constexpr (Keys::kInRegions || Keys::kInSequences) {
     if (block.own.keys.begin >= block.own.keys.end) return;
   }
   const Kernel kernel{block};

@@ -23,8 +23,10 @@ struct HeadRange {
 // Dual chunk attention: keys that follow one another, and the queries behind them. Nobody else has their gradients.
 struct ChunkKeyTiles {
   static constexpr bool kInRegions = false;
+  static constexpr bool kInSequences = false;
 
   using Tile = ChunkKeyTile;
+  struct Work {};  // what of a block's work the Hopper kernel keeps in shared memory
 
   // Of a plain batch.
   __device__ __forceinline__ Tile tile(const BackwardParams& params, const KeyTileItem& item, int tile_n) const {
@@ -95,16 +97,47 @@ struct ChunkKeyTiles {
   }
 };
 
+// The same of packed sequences, whose lengths the device alone knows. Hopper only: what a block of it works on lies in
+// shared memory, and the copy engine sees sequences end (encode_window_map).
+struct SequenceKeyTiles : ChunkKeyTiles {
+  static constexpr bool kInSequences = true;
+
+  struct Work {
+    Tile keys;  // none: the block has nothing to do
+    AttendingQueries queries;
+  };
+
+  Work* work;  // in shared memory
+
+  // Called by all threads before anything else.
+  __device__ __forceinline__ void find(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                       const TileSchedule& schedule, int tile_m, int tile_n) const {
+    if (threadIdx.x == 0 &&
+        !describe(work->keys, work->queries, params, workspace, schedule, blockIdx.x, tile_m, tile_n)) {
+      work->keys.keys = {0, 0};
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ Tile tile(const BackwardParams& /*params*/, const KeyTileItem& /*item*/,
+                                       int /*tile_n*/) const {
+    return work->keys;
+  }
+};
+
 // Select-and-merge attention (group_attention.h). A block has keys of a group's list of regions, or of the group
 // itself, and the queries of the group, of all heads that share the list. Other groups list the same regions, so
 // gradients are added to float32 sums. Keys of a list are counted from its first on.
 struct RegionKeyTiles {
   static constexpr bool kInRegions = true;
+  static constexpr bool kInSequences = false;
 
   AttendedRegions lists;
   RegionTiling tiling;
   KeyGradientSums sums;
   int box_rows;  // Hopper only: the rows of a region that the copy engine brings at once, a divisor of the key tile
+
+  struct Work {};
 
   struct Tile : RegionTile {
     int batch;

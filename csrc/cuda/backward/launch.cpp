@@ -64,9 +64,7 @@ const char* run_steps(const Launcher& launcher, const BackwardParams& params, Ba
                       int capability, bool aligned, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;
   const BackwardVectorPaths vectorized = vector_paths(params, workspace);
-  // The Hopper kernel's copies would bring, and add to, rows of the next packed sequence.
-  const bool takes_hopper = aligned && vectorized.main_loop() && !forward.packed();
-  const KernelPlan plan = plan_backward(forward.shape, capability, takes_hopper, forced_kernel());
+  const KernelPlan plan = plan_backward(forward.shape, capability, aligned && vectorized.main_loop(), forced_kernel());
   if (workspace.zeroed_bytes > 0) {
     const cudaError_t status = cudaMemsetAsync(workspace.zeroed, 0, workspace.zeroed_bytes, stream);
     if (status != cudaSuccess) return cudaGetErrorString(status);

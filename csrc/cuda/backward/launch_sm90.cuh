@@ -30,6 +30,22 @@ __global__ void __launch_bounds__(BackwardSm90Block<T, kHeadDim, ChunkKeyTiles>:
 }
 
 template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(BackwardSm90Block<T, kHeadDim, SequenceKeyTiles>::kThreads, 1)
+    dca_varlen_backward_sm90(const __grid_constant__ BackwardParams params,
+                             const __grid_constant__ BackwardWorkspace workspace,
+                             const __grid_constant__ BackwardVectorPaths vectorized,
+                             const __grid_constant__ TileSchedule schedule, const __grid_constant__ BackwardMaps maps) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Block = BackwardSm90Block<T, kHeadDim, SequenceKeyTiles>;
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  const SequenceKeyTiles keys{{}, &reinterpret_cast<typename Block::Control*>(shared_memory + Block::kTileBytes)->work};
+  keys.find(params, workspace, schedule, Block::kTileM, Block::kTileN);
+  run_backward_sm90<BackwardSm90Kernel<T, kHeadDim, SequenceKeyTiles>>(params, workspace, vectorized, schedule, keys,
+                                                                       maps);
+#endif
+}
+
+template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(BackwardSm90Block<T, kHeadDim, RegionKeyTiles>::kThreads, 1)
     select_merge_backward_sm90(const __grid_constant__ BackwardParams params,
                                const __grid_constant__ BackwardWorkspace workspace,
@@ -48,24 +64,24 @@ inline const char* encode_maps(BackwardMaps* maps, const BackwardParams& params,
   const ForwardParams& forward = params.forward;
   const AttentionShape& shape = forward.shape;
   const char* failure = nullptr;
-  const auto encode = [&](CUtensorMap* map, const void* data, const Strides& strides, int rows, int heads,
-                          int box_rows) {
-    if (failure == nullptr) {
-      failure = encode_row_map(map, {data, strides, shape.batch, rows, heads, shape.head_dim}, forward.dtype, box_rows);
-    }
+  const auto encode = [&](auto encode_map, CUtensorMap* map, const void* data, const Strides& strides, int rows,
+                          int heads, int box_rows) {
+    if (failure != nullptr) return;
+    failure = encode_map(map, {data, strides, forward.entries(), rows, heads, shape.head_dim}, forward.dtype, box_rows);
   };
+  const auto encode_queries = forward.packed() ? &encode_window_map : &encode_row_map;
+  const auto encode_gradients = forward.packed() ? &encode_gradient_window_map : &encode_gradient_map;
   for (int i = 0; i < 3; ++i) {
     // Without rows there is no tile of that regime either; the map must be a map all the same.
     const RegimeQueries& regime = workspace.regimes[workspace.regimes[i].rows > 0 ? i : 0];
-    encode(maps->q + i, regime.q, regime.q_strides, regime.rows, shape.heads, plan.tile_m);
-    const int64_t planes = static_cast<int64_t>(shape.batch) * shape.heads;
+    encode(encode_queries, maps->q + i, regime.q, regime.q_strides, regime.rows, shape.heads, plan.tile_m);
     if (failure == nullptr) {
-      failure = encode_gradient_map(maps->dq + i, regime.dq, planes, regime.rows, shape.head_dim);
+      failure = encode_gradients(maps->dq + i, regime.dq, forward.planes(), regime.rows, shape.head_dim);
     }
   }
-  encode(&maps->dout, params.dout, params.dout_strides, shape.seqlen_q, shape.heads, plan.tile_m);
-  encode(&maps->k, forward.k, forward.k_strides, shape.seqlen_k, shape.kv_heads, key_rows);
-  encode(&maps->v, forward.v, forward.v_strides, shape.seqlen_k, shape.kv_heads, key_rows);
+  encode(encode_queries, &maps->dout, params.dout, params.dout_strides, forward.rows_q(), shape.heads, plan.tile_m);
+  encode(&encode_row_map, &maps->k, forward.k, forward.k_strides, forward.rows_k(), shape.kv_heads, key_rows);
+  encode(&encode_row_map, &maps->v, forward.v, forward.v_strides, forward.rows_k(), shape.kv_heads, key_rows);
   return failure;
 }
 
@@ -77,8 +93,11 @@ const char* launch_backward_sm90(const BackwardParams& params, const BackwardWor
   const char* failure = encode_maps(&maps, params, workspace, plan, plan.tile_n);
   if (failure != nullptr) return failure;
   using Block = BackwardSm90Block<T, kHeadDim, ChunkKeyTiles>;
-  return launch_key_tiles(&dca_backward_sm90<T, kHeadDim>, schedule, Block::kThreads, Block::kSharedBytes, stream,
-                          params, workspace, vectorized, schedule, maps);
+  using SequenceBlock = BackwardSm90Block<T, kHeadDim, SequenceKeyTiles>;
+  const bool packed = params.forward.packed();
+  return launch_key_tiles(packed ? &dca_varlen_backward_sm90<T, kHeadDim> : &dca_backward_sm90<T, kHeadDim>, schedule,
+                          Block::kThreads, packed ? SequenceBlock::kSharedBytes : Block::kSharedBytes, stream, params,
+                          workspace, vectorized, schedule, maps);
 }
 
 template <typename T, int kHeadDim>

@@ -22,7 +22,7 @@ template <typename T, int kHeadDim>
 const char* launch_backward_sm80(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream);
 
-// The same of a plain batch; needs vectorized.main_loop().
+// The same; needs vectorized.main_loop().
 template <typename T, int kHeadDim>
 const char* launch_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream);

@@ -73,7 +73,7 @@ KernelPlan plan_backward(const AttentionShape& shape, int compute_capability, bo
   if (choice == KernelChoice::kHopper && !hopper) {
     throw std::invalid_argument(
         "the hopper kernel of the backward needs compute capability 9.0 and rows of q, k, v and dout that start on "
-        "multiples of 16 bytes, a batch that is not packed, and in select_merge a region_size that is a multiple of 8");
+        "multiples of 16 bytes, and in select_merge a region_size that is a multiple of 8");
   }
   const bool takes_hopper = hopper && choice != KernelChoice::kPortable;
   if (shape.head_dim <= 64) return plan_for_head_dim<64>(compute_capability, takes_hopper);

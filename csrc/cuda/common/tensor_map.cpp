@@ -6,6 +6,8 @@ namespace chunkattn::cuda {
 
 namespace {
 
+constexpr cuuint32_t kGradientBoxRows = 64;
+
 // The driver's encoder, found through the runtime so that nothing links against the driver library.
 decltype(&cuTensorMapEncodeTiled) find_encoder() {
   void* function = nullptr;
@@ -45,13 +47,33 @@ const char* encode_row_map(CUtensorMap* map, const RowTensor& tensor, DataType d
   return encode(map, type, tensor.data, sizes, byte_strides, box);
 }
 
+const char* encode_window_map(CUtensorMap* map, const RowTensor& tensor, DataType dtype, int box_rows) {
+  constexpr int kElementBytes = 2;
+  RowTensor windows = tensor;
+  windows.data = static_cast<const char*>(tensor.data) - box_rows * tensor.strides.seq * kElementBytes;
+  windows.strides.batch = tensor.strides.seq;
+  windows.batch = tensor.rows + 1;
+  windows.rows = box_rows;
+  return encode_row_map(map, windows, dtype, box_rows);
+}
+
 const char* encode_gradient_map(CUtensorMap* map, float* data, int64_t planes, int rows, int head_dim) {
   const cuuint64_t row_bytes = head_dim * sizeof(float);
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(rows),
                               static_cast<cuuint64_t>(planes)};
   const cuuint64_t byte_strides[] = {row_bytes, rows * row_bytes};
-  const cuuint32_t box[] = {32, 64, 1};
+  const cuuint32_t box[] = {32, kGradientBoxRows, 1};
   return encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, data, sizes, byte_strides, box);
+}
+
+const char* encode_gradient_window_map(CUtensorMap* map, float* data, int64_t planes, int rows, int head_dim) {
+  const cuuint64_t row_bytes = head_dim * sizeof(float);
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), kGradientBoxRows, static_cast<cuuint64_t>(planes),
+                              static_cast<cuuint64_t>(rows) + 1};
+  const cuuint64_t byte_strides[] = {row_bytes, rows * row_bytes, row_bytes};
+  const cuuint32_t box[] = {32, kGradientBoxRows, 1, 1};
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, data - static_cast<int64_t>(kGradientBoxRows) * head_dim, sizes,
+                byte_strides, box);
 }
 
 }  // namespace chunkattn::cuda

@@ -41,6 +41,14 @@ __device__ __forceinline__ void tma_add_3d(const CUtensorMap* map, uint32_t shar
       : "memory");
 }
 
+__device__ __forceinline__ void tma_add_4d(const CUtensorMap* map, uint32_t shared, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(
+          map),
+      "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 
 // Waits until this thread's groups have read their shared memory.
