@@ -120,7 +120,7 @@ def ops_extension(toolkit):
     """chunkattn._C: every torch op. It has no Python in it, and only torch's stable ABI."""
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     flags = {"cxx": [*CXX_FLAGS, target]}
-    files = []
+    files = sources("bindings/*.cpp", "cpu/*.cpp")
     include_dirs = [str(ROOT / "csrc")]
     library_dirs = []
     # libtorch is named as needed though nothing is taken from it: in CUDA builds it brings libtorch_cuda into the
@@ -132,12 +132,10 @@ def ops_extension(toolkit):
         flags["nvcc"] += [gencode(architecture) for architecture in read_list("cuda_architectures.txt")]
         if os.environ.get("CHUNKATTN_PTXAS_VERBOSE") == "1":
             flags["nvcc"].append("-Xptxas=-v")
-        # First: what takes longest is then not what all wait for in the end.
         files += sources("cuda/**/*.cu", "cuda/**/*.cpp")
         include_dirs += toolkit.include_dirs
         library_dirs += toolkit.library_dirs
         link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    files += sources("bindings/*.cpp", "cpu/*.cpp")
     return cpp_extension.CppExtension(
         "chunkattn._C",
         files,
