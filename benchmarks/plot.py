@@ -56,6 +56,7 @@ UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 COMPLETE = "rows, complete"  # the cache of a step that appends nothing
 RATIO_PEERS = ["fa3", "cudnn", "fa2", "sdpa", "composed-fa3", "composed-cudnn", "composed-fa2", "composed-sdpa"]
+RATIO_PEERS += ["chunkattn-alone"]  # of packed sequences: the same, one by one
 PANELS_PER_LINE = 4
 
 
