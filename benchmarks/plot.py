@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -30,6 +31,8 @@ COLOURS = {
     "fa2": "#CC79A7",
     "flex": "#E69F00",
     "sdpa": "#56B4E9",
+    "chunkattn-alone": "#E6A57A",
+    "chunkattn-longest": "#F0E442",
 }
 MARKERS = {
     "chunkattn": "o",
@@ -45,6 +48,8 @@ LABELS = {
     "chunkattn-deterministic": "chunkattn, deterministic (DCA)",
     "chunkattn-portable": "chunkattn, portable kernel (DCA)",
     "chunkattn-dca": "chunkattn (DCA)",
+    "chunkattn-alone": "chunkattn, one by one (DCA)",
+    "chunkattn-longest": "chunkattn, the longest alone (DCA)",
     "fa3": "FlashAttention-3, dense",
     "cudnn": "cuDNN, dense",
     "fa2": "FlashAttention-2, dense",
@@ -100,13 +105,17 @@ def panels_of(rows):
     return panels
 
 
+def heads_label(row):
+    heads = f"{row['heads']}/{row['kv_heads']}" if row["heads"] != row["kv_heads"] else row["heads"]
+    return f"{heads} heads, d {row['head_dim']}"
+
+
 def configuration(row):
     """What was measured, without the length: batch if not 1, heads, head size, data type."""
     batch = f"batch {row['batch']}, " if row["batch"] > 1 else ""
-    heads = f"{row['heads']}/{row['kv_heads']}" if row["heads"] != row["kv_heads"] else row["heads"]
     queries = f", {row['seq_q']} queries" if row["seq_q"] != row["seq_k"] else ""
     dtype = DTYPES.get(row["dtype"], row["dtype"])
-    return f"{batch}{heads} heads, d {row['head_dim']}{queries}, {dtype}"
+    return f"{batch}{heads_label(row)}{queries}, {dtype}"
 
 
 def length_label(length):
@@ -136,27 +145,25 @@ def draw_panel(axes, rows, unit, ceiling):
     finish_panel(axes, unit, ceiling)
 
 
-def draw_bars(axes, rows, unit, ceiling):
-    """The rates of decode steps by shape, over one kind of cache."""
-    shapes = list(dict.fromkeys(common.row_shape(row) for row in rows))
+def draw_bars(axes, rows, unit, ceiling, group_of, axis):
+    """The rates of implementations side by side, in groups by group_of(row), their labels."""
+    groups = list(dict.fromkeys(map(group_of, rows)))
     impls = sorted({row["impl"] for row in rows}, key=order_of)
     width = 0.8 / len(impls)
     for index, impl in enumerate(impls):
         members = [row for row in rows if row["impl"] == impl]
-        composed = impl.startswith("composed-")
-        colour = COLOURS.get(base_of(impl), "#555555")
+        colour = COLOURS.get(impl, COLOURS.get(base_of(impl), "#555555"))
         axes.bar(
-            [shapes.index(common.row_shape(row)) + (index - (len(impls) - 1) / 2) * width for row in members],
+            [groups.index(group_of(row)) + (index - (len(impls) - 1) / 2) * width for row in members],
             [row[unit] for row in members],
             width,
             label=label_of(impl),
-            color="white" if composed else colour,
+            color=colour if impl in COLOURS else "white",
             edgecolor=colour,
-            hatch="///" if composed else None,
+            hatch=None if impl in COLOURS else "///",
         )
-    labels = [f"{shape.batch} x {length_label(shape.seq_k)}" for shape in shapes]
-    axes.set_xticks(range(len(shapes)), labels, fontsize=8)
-    axes.set_xlabel("sequences x keys")
+    axes.set_xticks(range(len(groups)), groups, fontsize=8)
+    axes.set_xlabel(axis)
     finish_panel(axes, unit, ceiling)
 
 
@@ -173,13 +180,19 @@ def finish_panel(axes, unit, ceiling):
 
 def draw(results, path):
     """Draws the rates of a result file: by length, one panel for each number of heads and head size; those of decode
-    steps by shape, one panel for each kind of cache."""
+    steps by shape, one panel for each kind of cache; those of packed sequences by heads, one panel for each pass."""
     rows = main_rows(results["rows"])
     steps = decode_rows(results["rows"])
     passes = passes_of(rows)
+    panel_width = 3.4
     if steps:
         panels = {("decode", kind): [row for row in steps if row["cache"] == kind] for kind in caches_of(steps)}
-        rows, passes, draw_one = steps, ["decode"], draw_bars
+        rows, passes = steps, ["decode"]
+        draw_one = partial(draw_bars, group_of=step_label, axis="sequences x keys")
+    elif results["header"]["benchmark"] == "varlen":
+        panels = {(pass_, "packed sequences"): [row for row in rows if row["pass"] == pass_] for pass_ in passes}
+        draw_one = partial(draw_bars, group_of=heads_label, axis=None)
+        panel_width = 5.0
     else:
         panels, draw_one = panels_of(rows), draw_panel
     unit = rate_unit(rows)
@@ -190,7 +203,7 @@ def draw(results, path):
     figure, grid = plt.subplots(
         lines,
         columns,
-        figsize=(max(6.5, 3.4 * columns), 3.5 * lines + 1.0),
+        figsize=(max(6.5, panel_width * columns), 3.5 * lines + 1.0),
         sharey=True,
         squeeze=False,
         layout="constrained",
