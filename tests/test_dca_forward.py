@@ -373,7 +373,7 @@ def test_views_whose_offsets_pass_2_31_elements(device):
     check_forward(tuple(views), case.options(device))
 
 
-def test_tensors_of_more_than_2_31_elements(cuda):
+def test_cuda_tensors_of_more_than_2_31_elements(cuda):
     length, heads, head_dim = 4099, 4096, 128
     bytes_each = 2 * length * heads * head_dim
     if torch.cuda.mem_get_info(cuda)[0] < 6 * bytes_each:

@@ -1,4 +1,4 @@
-"""The tables of the README say what the committed result files say."""
+"""The figures of the README are those of the committed result files."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "h100"
 CPU_RESULTS = RESULTS.parent / "cpu"
 
 
-def table_below(header: str) -> dict[str, list[str]]:
-    """The rows of the table whose first line begins with `header`, by their first cell."""
+def readme() -> str:
     if not (ROOT / "README.md").exists() or not RESULTS.exists():
         pytest.skip("runs from the repository")
-    lines = iter((ROOT / "README.md").read_text().splitlines())
+    return (ROOT / "README.md").read_text()
+
+
+def table_below(header: str) -> dict[str, list[str]]:
+    """The rows of the table whose first line begins with `header`, by their first cell."""
+    lines = iter(readme().splitlines())
     assert any(line.startswith(header) for line in lines), f"README.md has no table {header!r}"
     next(lines)
     rows = {}
@@ -103,3 +107,40 @@ def test_select_merge_table():
         forward, dense = (measured.get((tokens, "forward", impl)) for impl in ("chunkattn", "fa3"))
         share = measured[tokens, "selection", "chunkattn"] / forward
         assert cells == [f"{forward:.3g}", f"{share:.1%}", f"{dense:.3g}" if dense else "-"]
+
+
+def measured_rows(results, *keys, unit="ms"):
+    """A result file's rows by the values of some of their keys: of each, what was measured."""
+    rows = json.loads((RESULTS / f"{results}.json").read_text())["rows"]
+    return {tuple(row.get(key) for key in keys): row[unit] for row in rows}
+
+
+def test_speed_sentences():
+    text = " ".join(readme().split())
+    step = measured_rows("decode", "impl", "pass", "seq_k")
+    packed = measured_rows("varlen", "impl", "pass", "kv_heads", "head_dim")
+    together, one_by_one = (
+        [packed[impl, pass_, 8, 128] for pass_ in ("forward", "forward+backward")]
+        for impl in ("chunkattn", "chunkattn-alone")
+    )
+    rate = measured_rows("select_merge_flex", "impl", unit="tflops")
+    steps = measured_rows("select_merge_decode", "impl", "batch", "seq_k")
+    ours, dense = (
+        [1e3 * steps[impl, 1, tokens] for tokens in (2**17, 2**20, 2**22)] for impl in ("select-merge", "dense")
+    )
+    tuning = measured_rows("finetune_32k", "impl")
+    seconds = [tuning[impl,] / 1e3 for impl in ("chunkattn", "select-merge", "cudnn")]
+    memory = max(measured_rows("finetune_32k", "impl", unit="peak_gib").values())
+    sentences = [
+        f"a cache of 100 keys takes {1e3 * step['chunkattn', 'step', 100]:.1f} us in a CUDA graph",
+        f"FlashAttention-3's {1e3 * step['fa3', 'step', 100]:.1f}.",
+        "take {:.1f} ms forward and {:.0f} ms with gradients".format(*together),
+        "one after the other {:.1f} and {:.0f} ms".format(*one_by_one),
+        f"runs at {rate['chunkattn',]:.0f} TFLOP/s of executed FLOPs at 32k and 32 heads",
+        f"FlexAttention over the same regions at {rate['flex',]:.0f}",
+        "takes {:.0f} us over 128k tokens, {:.0f} over 1M and {:.0f} over 4M".format(*ours),
+        "a dense step takes {:.0f}, {:,.0f} and {:,.0f} us".format(*dense),
+        "takes {:.2f} s with DCA, {:.2f} s with select-and-merge attention and {:.2f} s with cuDNN's".format(*seconds),
+        f"all at {memory:.1f} GiB",
+    ]
+    assert [sentence for sentence in sentences if sentence not in text] == []
