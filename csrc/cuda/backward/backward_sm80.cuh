@@ -272,14 +272,14 @@ struct BackwardSm80 {
   __device__ __forceinline__ void store_key_gradients(const KeyGradients& dk, const KeyGradients& dv,
                                                       float* staging) const {
     const Staged staged{staging};
-    const int row = KeyGrid::row(), column = KeyGrid::column();
+    const int row = KeyGrid::row(), column = KeyGrid::column(), keys = own.keys.end - own.keys.begin;
     const auto sync = [] { __syncthreads(); };
     sync();  // every warp has finished with the tiles
-    source.template store_values<T, kThreads>(dv, row, column, staged, params, workspace, vectorized, own, threadIdx.x,
-                                              sync);
+    source.template store_values<T, kThreads>(dv, row, column, staged, params, workspace, vectorized, own, 0, keys,
+                                              threadIdx.x, sync);
     sync();
-    source.template store_keys<T, kThreads>(dk, row, column, staged, params, workspace, vectorized, own, threadIdx.x,
-                                            sync);
+    source.template store_keys<T, kThreads>(dk, row, column, staged, params, workspace, vectorized, own, 0, keys,
+                                            threadIdx.x, sync);
   }
 
   static __device__ __forceinline__ void run(const BackwardParams& params, const BackwardWorkspace& workspace,

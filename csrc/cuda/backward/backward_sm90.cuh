@@ -32,7 +32,9 @@ struct BackwardSm90 {
   }
 
   __device__ __forceinline__ void add_query_gradients(int warpgroup) const {
-    block.add_query_gradients(warpgroup, block.control.query_empty, [&](int) { return dq_part(warpgroup); });
+    block.add_query_gradients(
+        warpgroup, [&](int /*stage*/) { return dq_part(warpgroup); },
+        [&](int stage) { Block::arrive_warp(block.control.query_empty + stage, threadIdx.x); });
   }
 
   __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int warpgroup) const {
@@ -126,7 +128,6 @@ struct BackwardSm90 {
       Block::arrive_warp(control.query_empty + ring.index, thread);
       ring = next;
     }
-    Block::wait_part_free(warpgroup);
   }
 
   __device__ __forceinline__ void consume(int warpgroup, float* staging, const BackwardVectorPaths& vectorized) const {
@@ -139,8 +140,8 @@ struct BackwardSm90 {
     const auto sync = [] { Block::sync_consumers(); };
     sync();  // everybody has finished with the tiles
     block.template store_values<Block::kConsumerThreads>(dv, key_row, staged, vectorized, thread, sync);
-    sync();
     block.template store_keys<Block::kConsumerThreads>(dk, key_row, staged, vectorized, thread, sync);
+    Block::wait_part_free(warpgroup);
   }
 };
 

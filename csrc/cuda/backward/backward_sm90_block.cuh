@@ -5,8 +5,13 @@
 // loads K and V once and then Q and dO of the query tiles that attend the keys (QueryTileWalk), of all query heads that
 // share them; one warp reads their statistics and says what the tile is; two warps have the copy engine add dQ. The
 // regime of a pair of tiles says which rotation of Q is read and which dQ is added to. Two more warpgroups consume: a
-// kernel is what they do (backward_sm90.cuh, backward_sm90_wide.cuh).
+// kernel is what they do (backward_sm90.cuh, backward_sm90_pair.cuh).
+//
+// Or two thread blocks, a cluster, share a tile of keys, half of it each. They meet the same queries, so each loads
+// half of every Q and dO for both, and adds half the columns of dQ.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/backward/key_source.cuh"
 #include "cuda/backward/tile_sizes.h"
@@ -14,6 +19,7 @@
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/swizzled_tile.cuh"
 #include "cuda/common/warpgroup_multiply.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/warpgroup.cuh"
@@ -34,6 +40,8 @@ struct BackwardSm90Block {
   using Sizes = BackwardSm90Tile<kHeadDim>;
   static constexpr int kTileM = Sizes::kTileM;
   static constexpr int kTileN = Sizes::kTileN;
+  static constexpr int kClusterSize = Sizes::kClusterSize;
+  static constexpr int kBlockKeys = kTileN / kClusterSize;
   static constexpr int kStages = Sizes::kStages;
   static constexpr int kLogitBuffers = Sizes::kLogitBuffers;
   static constexpr int kConsumers = 2;
@@ -44,13 +52,14 @@ struct BackwardSm90Block {
 
   // dQ of a tile is cut among the warpgroups by rows where there are enough of them, otherwise by columns.
   static constexpr bool kCutRows = kTileM == kConsumers * 64;
-  static constexpr int kQueryColumns = kCutRows ? kHeadDim : kHeadDim / kConsumers;
-  static_assert(kCutRows || kTileM == 64);
+  static constexpr int kQueryColumns = kCutRows ? kHeadDim : kHeadDim / (kConsumers * kClusterSize);
+  static_assert(kTileM == 64 || (kCutRows && kClusterSize == 1));
 
   using QueryShared = PanelTile<kTileM, kHeadDim>;
-  using KeyShared = PanelTile<kTileN, kHeadDim>;
-  using LogitShared = PanelTile<kTileN, kTileM>;  // keys by queries
-  using Staged = StagedRows<kTileN, kHeadDim>;
+  using KeyShared = PanelTile<kBlockKeys, kHeadDim>;
+  using KeyColumns = PanelTile<kBlockKeys, kHeadDim / kClusterSize>;  // of which a block adds dQ
+  using LogitShared = PanelTile<kBlockKeys, kTileM>;                  // keys by queries
+  using Staged = StagedRows<kBlockKeys, kHeadDim>;
   using Logits = float[kTileM / 8][4];       // of 64 keys by kTileM queries
   using Operand = uint32_t[kTileM / 16][4];  // the same, rounded to T
   using KeyGradients = float[1][kHeadDim / 8][4];
@@ -70,6 +79,7 @@ struct BackwardSm90Block {
     uint64_t query_full[kStages], query_empty[kStages];
     uint64_t dout_full[kStages], dout_empty[kStages];
     uint64_t statistics_empty[kStages];  // they are full with the queries
+    uint64_t other_ds_full, ds_taken;    // of a cluster: backward_sm90_pair.cuh
     Statistics statistics[kStages];
     int key_rows[Keys::kInRegions ? kTileN / 8 : 1];  // where the boxes of K and V lie that come one by one
     typename Keys::Work work;
@@ -83,14 +93,23 @@ struct BackwardSm90Block {
   const BackwardWorkspace& workspace;
   const BackwardMaps& maps;
   const Keys& source;
-  uint32_t shared;  // K, V, the stages of Q, of dO, and what the kernel puts behind them
+  uint32_t shared;  // K, V, the other block's K, the stages of Q, of dO, and what the kernel puts behind them
   Control& control;
-  typename Keys::Tile own;  // the keys of this block
+  typename Keys::Tile own;  // the keys of this block's cluster
+  int rank;                 // in the cluster
+
+  // The block's part of the tile.
+  __device__ __forceinline__ int first_key() const { return kClusterSize == 1 ? 0 : rank * kBlockKeys; }
+  __device__ __forceinline__ int count_keys(int first) const {
+    const int count = own.keys.end - own.keys.begin - first;
+    return count < 0 ? 0 : count < kBlockKeys ? count : kBlockKeys;
+  }
 
   __device__ __forceinline__ KeyShared k_tile() const { return {shared}; }
   __device__ __forceinline__ KeyShared v_tile() const { return {shared + KeyShared::kBytes}; }
+  __device__ __forceinline__ KeyColumns other_k_tile() const { return {shared + 2 * KeyShared::kBytes}; }
   __device__ __forceinline__ QueryShared q_tile(int stage) const {
-    return {shared + 2 * KeyShared::kBytes + stage * QueryShared::kBytes};
+    return {shared + 2 * KeyShared::kBytes + (kClusterSize - 1) * KeyColumns::kBytes + stage * QueryShared::kBytes};
   }
   __device__ __forceinline__ QueryShared dout_tile(int stage) const { return q_tile(kStages + stage); }
   __device__ __forceinline__ LogitShared ds_tile(int buffer) const {
@@ -132,18 +151,31 @@ struct BackwardSm90Block {
     return Keys::kInSequences ? head : own.batch * params.forward.shape.heads + head;
   }
 
-  // How often the consumers and the warps of dQ arrive when they need Q, and dO, of a stage no longer.
+  // How often a block's consumers and warps of dQ arrive when they need Q, and dO, of a stage no longer.
   __device__ __forceinline__ void init_barriers(int query_arrivals, int dout_arrivals) const {
     ptx::mbarrier_init(&control.keys_full, 1);
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(control.query_full + i, 1 + 32);  // the copy and the warp of the statistics
-      ptx::mbarrier_init(control.query_empty + i, query_arrivals);
+      ptx::mbarrier_init(control.query_empty + i, kClusterSize * query_arrivals);
       ptx::mbarrier_init(control.dout_full + i, 1);
-      ptx::mbarrier_init(control.dout_empty + i, dout_arrivals);
+      ptx::mbarrier_init(control.dout_empty + i, kClusterSize * dout_arrivals);
       ptx::mbarrier_init(control.statistics_empty + i,
                          kConsumerThreads + kConsumers * 32);  // every thread has read them
     }
+    if constexpr (kClusterSize > 1) {
+      ptx::mbarrier_init(&control.other_ds_full, 1);
+      ptx::mbarrier_init(&control.ds_taken, kConsumers * 4);
+    }
     ptx::mbarrier_init_fence();
+  }
+
+  // Everybody meets, of the whole cluster.
+  static __device__ __forceinline__ void sync_blocks() {
+    if constexpr (kClusterSize == 1) {
+      __syncthreads();
+    } else {
+      ptx::cluster_sync();
+    }
   }
 
   // The second and the fourth coordinate of a box of which `count` rows from `row` on belong to the tile. In sequences
@@ -158,12 +190,31 @@ struct BackwardSm90Block {
     return {row, own.batch};
   }
 
+  // Copies the columns from `first` on.
   template <typename Tile>
   static __device__ __forceinline__ void load_tile(const Tile& tile, const CUtensorMap* map, uint64_t* full,
-                                                   const BoxPlace& place, int head) {
+                                                   const BoxPlace& place, int head, int first = 0) {
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      ptx::tma_load_4d(tile.base + panel * Tile::kPanelBytes, map, full, panel * 64, place.row, head, place.batch);
+      ptx::tma_load_4d(tile.base + panel * Tile::kPanelBytes, map, full, first + panel * 64, place.row, head,
+                       place.batch);
+    }
+  }
+
+  // Copies Q or dO, or the block's share of it to all blocks of the cluster: the others copy the rest.
+  __device__ __forceinline__ void load_queries(const QueryShared& tile, const CUtensorMap* map, uint64_t* full,
+                                               const BoxPlace& place, int head) const {
+    ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
+    if constexpr (kClusterSize == 1) {
+      load_tile(tile, map, full, place, head);
+    } else {
+      constexpr int kShare = QueryShared::kPanels / kClusterSize;
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) {
+        const int panel = rank * kShare + i;
+        ptx::tma_load_4d_multicast(tile.base + panel * QueryShared::kPanelBytes, map, full, panel * 64, place.row, head,
+                                   place.batch, (1 << kClusterSize) - 1);
+      }
     }
   }
 
@@ -182,23 +233,40 @@ struct BackwardSm90Block {
   // long.
   __device__ __forceinline__ void load_regions() const {
     if (!ptx::elect_one()) return;
-    ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
+    expect_keys();
+    const int boxes = kBlockKeys / source.box_rows;
 #pragma unroll 1
-    for (int box = 0; box < kTileN / source.box_rows; ++box) {
-      const BoxPlace place{control.key_rows[box], own.batch};
-      const uint32_t offset = box * source.box_rows * 128;
-      load_tile(KeyShared{k_tile().base + offset}, &maps.k, &control.keys_full, place, own.kv_head);
-      load_tile(KeyShared{v_tile().base + offset}, &maps.v, &control.keys_full, place, own.kv_head);
+    for (int box = 0; box < boxes; ++box) {
+      load_keys(box * source.box_rows * 128, {control.key_rows[rank * boxes + box], own.batch});
+      if constexpr (kClusterSize > 1) {
+        load_other_keys(box * source.box_rows * 128, {control.key_rows[(1 - rank) * boxes + box], own.batch});
+      }
     }
+  }
+
+  __device__ __forceinline__ void expect_keys() const {
+    ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes + (kClusterSize - 1) * KeyColumns::kBytes);
+  }
+
+  // Copies a box of K and V to where it lies in a panel.
+  __device__ __forceinline__ void load_keys(uint32_t offset, const BoxPlace& place) const {
+    load_tile(KeyShared{k_tile().base + offset}, &maps.k, &control.keys_full, place, own.kv_head);
+    load_tile(KeyShared{v_tile().base + offset}, &maps.v, &control.keys_full, place, own.kv_head);
+  }
+
+  // The same of the other block's K, the columns of which this one adds dQ.
+  __device__ __forceinline__ void load_other_keys(uint32_t offset, const BoxPlace& place) const {
+    load_tile(KeyColumns{other_k_tile().base + offset}, &maps.k, &control.keys_full, place, own.kv_head,
+              rank * (kHeadDim / kClusterSize));
   }
 
   // One thread.
   __device__ __forceinline__ void load_tiles() const {
     if constexpr (!Keys::kInRegions) {
-      ptx::mbarrier_arrive_expect(&control.keys_full, 2 * KeyShared::kBytes);
-      const BoxPlace place{own.first_key, Keys::kInSequences ? 0 : own.batch};
-      load_tile(k_tile(), &maps.k, &control.keys_full, place, own.kv_head);
-      load_tile(v_tile(), &maps.v, &control.keys_full, place, own.kv_head);
+      const int batch = Keys::kInSequences ? 0 : own.batch;
+      expect_keys();
+      load_keys(0, {own.first_key + first_key(), batch});
+      if constexpr (kClusterSize > 1) load_other_keys(0, {own.first_key + (1 - rank) * kBlockKeys, batch});
     }
     const QueryTiling& tiles = tiling();
     const HeadRange heads = source.heads(params.forward.shape, own);
@@ -208,14 +276,11 @@ struct BackwardSm90Block {
       for (auto walk = source.walk(params, tiles, rows(), own); !walk.done(tiles); walk.advance(tiles, rows())) {
         const AttendingTile tile = walk.tile(tiles, rows());
         ring.wait_empty(control.query_empty);
-        uint64_t* full = control.query_full + ring.index;
-        ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
-        load_tile(q_tile(ring.index), maps.q + static_cast<int>(tile.regime), full,
-                  box_place<kTileM>(tile.row, tile.count), head);
+        load_queries(q_tile(ring.index), maps.q + static_cast<int>(tile.regime), control.query_full + ring.index,
+                     box_place<kTileM>(tile.row, tile.count), head);
         ring.wait_empty(control.dout_empty);
-        full = control.dout_full + ring.index;
-        ptx::mbarrier_arrive_expect(full, QueryShared::kBytes);
-        load_tile(dout_tile(ring.index), &maps.dout, full, box_place<kTileM>(query_row(tiles, tile), tile.count), head);
+        load_queries(dout_tile(ring.index), &maps.dout, control.dout_full + ring.index,
+                     box_place<kTileM>(query_row(tiles, tile), tile.count), head);
         ring.advance();
       }
     }
@@ -245,8 +310,9 @@ struct BackwardSm90Block {
         }
         if (lane == 0) {
           statistics.tile = tile;
-          statistics.masked = (tile.regime == Regime::kIntra && own.keys.end - 1 > tile.begin) ||
-                              own.keys.end - own.keys.begin < kTileN;
+          const int keys = count_keys(first_key());
+          statistics.masked = (tile.regime == Regime::kIntra && own.keys.begin + first_key() + keys - 1 > tile.begin) ||
+                              keys < kBlockKeys;
           statistics.plane = plane;
         }
         ptx::mbarrier_arrive(control.query_full + ring.index);
@@ -264,17 +330,21 @@ struct BackwardSm90Block {
   // Starts this warpgroup's part of dS K, along the keys.
   static __device__ __forceinline__ void start_query_gradients(QueryGradients& dq, const LogitShared& ds,
                                                                const KeyShared& k, int warpgroup) {
-    const uint64_t a = ptx::descriptor_n_major(ds.base + (kCutRows ? warpgroup * LogitShared::kPanelBytes : 0),
-                                               LogitShared::kPanelBytes);
-    const uint64_t b = ptx::descriptor_n_major(
-        k.base + (kCutRows ? 0 : warpgroup * (kQueryColumns / 64) * KeyShared::kPanelBytes), KeyShared::kPanelBytes);
     ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kTileN / 16; ++step) {
-      constexpr int kStep = 16 * 128 / 16;
-      ptx::Wgmma<T, kQueryColumns>::template ss<true>(dq[0], a + step * kStep, b + step * kStep, step > 0);
-    }
+    add_keys(dq, ds.base + (kCutRows ? warpgroup * LogitShared::kPanelBytes : 0),
+             k.base + (kCutRows ? 0 : warpgroup * (kQueryColumns / 64) * KeyShared::kPanelBytes), false);
     ptx::wgmma_commit();
+  }
+
+  // What keys contribute to dQ: of dS from the panel at `ds` on, of K from that at `k` on.
+  static __device__ __forceinline__ void add_keys(QueryGradients& dq, uint32_t ds, uint32_t k, bool add) {
+    const uint64_t a = ptx::descriptor_n_major(ds, LogitShared::kPanelBytes);
+    const uint64_t b = ptx::descriptor_n_major(k, KeyShared::kPanelBytes);
+#pragma unroll
+    for (int step = 0; step < kBlockKeys / 16; ++step) {
+      constexpr int kStep = 16 * 128 / 16;
+      ptx::Wgmma<T, kQueryColumns>::template ss<true>(dq[0], a + step * kStep, b + step * kStep, add || step > 0);
+    }
   }
 
   // This thread's index in its warpgroup. ptxas would sooner read the special register again, tile after tile, which
@@ -288,19 +358,35 @@ struct BackwardSm90Block {
     if (thread % 32 == 0) ptx::mbarrier_arrive(barrier);
   }
 
+  // The same in every block of the cluster: each copies to all.
+  static __device__ __forceinline__ void release_stage(uint64_t* barrier, int thread) {
+    if constexpr (kClusterSize == 1) {
+      arrive_warp(barrier, thread);
+    } else {
+      __syncwarp();
+      if (thread % 32 < kClusterSize) ptx::mbarrier_arrive_in_block(barrier, thread % 32);
+    }
+  }
+
   // Behind a partial tile the copy engine brought keys of the next chunk. Their P is zero, but they must be finite too.
   // Boxes of regions end where the tile does.
   __device__ __forceinline__ void clear_missing_keys(int thread) const {
     if constexpr (Keys::kInRegions) return;
-    const int valid = own.keys.end - own.keys.begin;
-    if (valid == kTileN) return;
-    for (int i = thread; i < (kTileN - valid) * KeyShared::kChunksPerRow; i += kConsumerThreads) {
-      const int row = valid + i / KeyShared::kChunksPerRow, chunk = i % KeyShared::kChunksPerRow;
-      store_shared(k_tile().address(row, chunk), uint4{0, 0, 0, 0});
-      store_shared(v_tile().address(row, chunk), uint4{0, 0, 0, 0});
-    }
+    if (own.keys.end - own.keys.begin == kTileN) return;
+    const int valid = count_keys(first_key());
+    clear_rows(k_tile(), valid, thread);
+    clear_rows(v_tile(), valid, thread);
+    if constexpr (kClusterSize > 1) clear_rows(other_k_tile(), count_keys((1 - rank) * kBlockKeys), thread);
     ptx::fence_async_proxy();
     sync_consumers();
+  }
+
+  template <typename Tile>
+  static __device__ __forceinline__ void clear_rows(const Tile& tile, int first, int thread) {
+#pragma unroll 1
+    for (int i = thread; i < (kBlockKeys - first) * Tile::kChunksPerRow; i += kConsumerThreads) {
+      store_shared(tile.address(first + i / Tile::kChunksPerRow, i % Tile::kChunksPerRow), uint4{0, 0, 0, 0});
+    }
   }
 
   static constexpr int kConsumerBarrier = 1;
@@ -318,7 +404,7 @@ struct BackwardSm90Block {
     const bool causal = tile.regime == Regime::kIntra;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int position = own.keys.begin + key_row + half * 8 + lane / 4;
+      const int position = own.keys.begin + first_key() + key_row + half * 8 + lane / 4;
       // The first query of the tile that sees the key.
       const int first = position >= own.keys.end ? kTileM : causal ? position - tile.begin : 0;
       const int begin = first - lane % 4 * 2;
@@ -452,8 +538,8 @@ struct BackwardSm90Block {
 
   // One warp for each warpgroup: has the copy engine add the warpgroup's part of dQ, tile after tile. The part lies at
   // part(stage); once it is read, the warp arrives at the stage's barrier in `empty`.
-  template <typename Part>
-  __device__ __forceinline__ void add_query_gradients(int warpgroup, uint64_t* empty, Part&& part) const {
+  template <typename Part, typename Release>
+  __device__ __forceinline__ void add_query_gradients(int warpgroup, Part&& part, Release&& release) const {
     const int query_tiles = workspace.turns == nullptr ? 0
                             : Keys::kInSequences       ? workspace.turns_per_plane
                                                        : tiling().count();
@@ -463,17 +549,21 @@ struct BackwardSm90Block {
       ring.wait_full(control.query_full);
       const Statistics& statistics = control.statistics[ring.index];
       if (statistics.plane < 0) return;
+      // With two stages those of the next tile but one are needed before this one's dQ.
+      constexpr bool kHeld = kStages == 2;
+      const int plane = statistics.plane;
+      std::conditional_t<kHeld, const AttendingTile, const AttendingTile&> tile = statistics.tile;
+      if constexpr (kHeld) ptx::mbarrier_arrive(control.statistics_empty + ring.index);
       ptx::named_barrier_sync(kPartFullBarrier + warpgroup, kPartThreads);
       if (threadIdx.x % 32 == 0) {
-        const AttendingTile& tile = statistics.tile;
         const CUtensorMap* map = maps.dq + static_cast<int>(tile.regime);
         const int row = tile.row + (kCutRows ? warpgroup * 64 : 0);
-        const int column = kCutRows ? 0 : warpgroup * kQueryColumns;
-        int* turn = workspace.turns == nullptr
-                        ? nullptr
-                        : turns() + static_cast<int64_t>(statistics.plane) * query_tiles + tile.index;
+        const int column = kCutRows ? 0 : (rank * kConsumers + warpgroup) * kQueryColumns;
+        int* turn =
+            workspace.turns == nullptr ? nullptr : turns() + static_cast<int64_t>(plane) * query_tiles + tile.index;
         if (turn != nullptr) {
-          wait_for_turn(turn, kConsumers * own.order);  // each warpgroup of the tiles before passes one on
+          // Each warpgroup of the tiles before passes one on.
+          wait_for_turn(turn, kClusterSize * kConsumers * own.order);
           ptx::fence_async_proxy_all();
         }
 #pragma unroll
@@ -482,9 +572,9 @@ struct BackwardSm90Block {
           if constexpr (Keys::kInSequences) {
             const int left = tile.count - (row - tile.row);
             const BoxPlace place = box_place<64>(row, left < 0 ? 0 : left < 64 ? left : 64);
-            ptx::tma_add_4d(map, source_panel, column + panel * 32, place.row, statistics.plane, place.batch);
+            ptx::tma_add_4d(map, source_panel, column + panel * 32, place.row, plane, place.batch);
           } else {
-            ptx::tma_add_3d(map, source_panel, column + panel * 32, row, statistics.plane);
+            ptx::tma_add_3d(map, source_panel, column + panel * 32, row, plane);
           }
         }
         ptx::bulk_commit();
@@ -497,23 +587,43 @@ struct BackwardSm90Block {
           pass_turn_on(turn);
         }
       }
-      ptx::mbarrier_arrive(control.statistics_empty + ring.index);
-      arrive_warp(empty + ring.index, threadIdx.x);
+      if constexpr (!kHeld) ptx::mbarrier_arrive(control.statistics_empty + ring.index);
+      release(ring.index);
       ring.advance();
     }
   }
 
-  // Gives away dV, and dK, of the keys: this thread's rows begin at key_row.
+  // Gives away dV, and dK, of the keys: this thread's rows begin at key_row. Called by kStoring threads, which sync()
+  // brings together, when all have finished with the tiles: what K and V took has room for 16-bit rows.
   template <int kStoring, typename Sync>
   __device__ __forceinline__ void store_values(const KeyGradients& dv, int key_row, const Staged& staged,
                                                const BackwardVectorPaths& vectorized, int thread, Sync&& sync) const {
-    source.template store_values<T, kStoring>(dv, key_row, 0, staged, params, workspace, vectorized, own, thread, sync);
+    const int count = count_keys(first_key());
+    if constexpr (kRowsByWarp) {
+      source.template store_value_rows<T>(dv, key_row, k_tile(), params, vectorized, own, count);
+    } else {
+      source.template store_values<T, kStoring>(dv, key_row, 0, staged, params, workspace, vectorized, own, first_key(),
+                                                count, thread, sync);
+    }
   }
   template <int kStoring, typename Sync>
-  __device__ __forceinline__ void store_keys(const KeyGradients& dk, int key_row, const Staged& staged,
+  __device__ __forceinline__ void store_keys(KeyGradients& dk, int key_row, const Staged& staged,
                                              const BackwardVectorPaths& vectorized, int thread, Sync&& sync) const {
-    source.template store_keys<T, kStoring>(dk, key_row, 0, staged, params, workspace, vectorized, own, thread, sync);
+    const int count = count_keys(first_key());
+    if constexpr (kRowsByWarp) {
+      if (source.template has_whole_pairs<kHeadDim>(params, workspace, vectorized)) {
+        source.template store_key_rows<T>(dk, key_row, v_tile(), params, workspace, vectorized, own, count);
+        return;
+      }
+      sync();  // dV has left what `staged` overlaps
+    }
+    source.template store_keys<T, kStoring>(dk, key_row, 0, staged, params, workspace, vectorized, own, first_key(),
+                                            count, thread, sync);
   }
+
+ private:
+  // At head_dim 256 the registers do not reach for it.
+  static constexpr bool kRowsByWarp = !Keys::kInRegions && kClusterSize == 1;
 };
 
 // The body of a kernel. Kernel is made of its Block and says what consumer warpgroups do, where they leave dQ, and how
@@ -530,7 +640,8 @@ __device__ __forceinline__ void run_backward_sm90(const BackwardParams& params, 
                     source,
                     ptx::shared_address(shared_memory),
                     *reinterpret_cast<typename Block::Control*>(shared_memory + Block::kTileBytes),
-                    source.tile(params, key_tile_item(schedule, blockIdx.x), Block::kTileN)};
+                    source.tile(params, key_tile_item(schedule, blockIdx.x / Block::kClusterSize), Block::kTileN),
+                    Block::kClusterSize == 1 ? 0 : ptx::cluster_block_rank()};
   if constexpr (Keys::kInRegions || Keys::kInSequences) {
     if (block.own.keys.begin >= block.own.keys.end) return;
   }
@@ -541,7 +652,7 @@ __device__ __forceinline__ void run_backward_sm90(const BackwardParams& params, 
   if constexpr (Keys::kInRegions) {
     if (threadIdx.x / 32 == 1) block.find_regions();
   }
-  __syncthreads();
+  Block::sync_blocks();
   if (warpgroup == 0) {
     ptx::registers_decrease<Block::Sizes::kProducerRegisters>();
     if constexpr (Keys::kInRegions) {
@@ -554,6 +665,8 @@ __device__ __forceinline__ void run_backward_sm90(const BackwardParams& params, 
     ptx::registers_increase<Block::Sizes::kConsumerRegisters>();
     kernel.consume(warpgroup - 1, reinterpret_cast<float*>(shared_memory), vectorized);
   }
+  // A block stays as long as others of its cluster reach into its memory.
+  if constexpr (Block::kClusterSize > 1) Block::sync_blocks();
 }
 
 }  // namespace chunkattn::cuda

@@ -9,6 +9,7 @@
 #include "cuda/backward/schedule.h"
 #include "cuda/common/copy_rows.cuh"
 #include "cuda/common/gradients.cuh"
+#include "cuda/common/query_tile.cuh"
 #include "cuda/common/query_tiles.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/select_merge/attended_regions.h"
@@ -60,19 +61,18 @@ struct ChunkKeyTiles {
                               vectorized);
   }
 
-  // Writes the tile's dV, of which this thread has rows and columns from `row` and `column` on (layout: softmax.cuh).
-  // Called by kStoring threads that `thread` counts and sync() brings together.
+  // Writes dV of `count` of the tile's keys, from `first` on, of which this thread has rows and columns from `row` and
+  // `column` on (layout: softmax.cuh). Called by kStoring threads that `thread` counts and sync() brings together.
   template <typename T, int kStoring, int kSlabs, int kBlocks, typename Staged, typename Sync>
   __device__ __forceinline__ void store_values(const float (&dv)[kSlabs][kBlocks][4], int row, int column,
                                                const Staged& staged, const BackwardParams& params,
                                                const BackwardWorkspace& /*workspace*/,
-                                               const BackwardVectorPaths& vectorized, const Tile& tile, int thread,
-                                               Sync&& sync) const {
+                                               const BackwardVectorPaths& vectorized, const Tile& tile, int first,
+                                               int count, int thread, Sync&& sync) const {
     staged.collect(dv, row, column, 1.f);
     sync();
-    store_staged<kStoring>(staged, first_row<T>(params.dv, params.dv_strides, tile), params.dv_strides.seq,
-                           tile.keys.end - tile.keys.begin, params.forward.shape.head_dim, params.forward.rotary, -1,
-                           vectorized.dv, thread);
+    store_staged<kStoring>(staged, row_of<T>(params.dv, params.dv_strides, tile, first), params.dv_strides.seq, count,
+                           params.forward.shape.head_dim, params.forward.rotary, -1, vectorized.dv, thread);
   }
 
   // The same of dK, scaled, and rotated back to the keys that were passed in.
@@ -80,19 +80,56 @@ struct ChunkKeyTiles {
   __device__ __forceinline__ void store_keys(const float (&dk)[kSlabs][kBlocks][4], int row, int column,
                                              const Staged& staged, const BackwardParams& params,
                                              const BackwardWorkspace& workspace, const BackwardVectorPaths& vectorized,
-                                             const Tile& tile, int thread, Sync&& sync) const {
+                                             const Tile& tile, int first, int count, int thread, Sync&& sync) const {
     staged.collect(dk, row, column, logit_scale(params.forward, tile.batch));
     sync();
-    store_staged<kStoring>(staged, first_row<T>(params.dk, params.dk_strides, tile), params.dk_strides.seq,
-                           tile.keys.end - tile.keys.begin, params.forward.shape.head_dim, params.forward.rotary,
-                           workspace.dk_rotated ? -1 : params.forward.geometry.key_row(tile.keys.begin), vectorized.dk,
-                           thread);
+    store_staged<kStoring>(staged, row_of<T>(params.dk, params.dk_strides, tile, first), params.dk_strides.seq, count,
+                           params.forward.shape.head_dim, params.forward.rotary,
+                           workspace.dk_rotated ? -1 : params.forward.geometry.key_row(tile.keys.begin + first),
+                           vectorized.dk, thread);
+  }
+
+  // The same of the tile's first keys where a warp has whole rows, which leave through its own rows of `shared`, a tile
+  // of 16-bit elements: no warp waits for another.
+  template <typename T, int kBlocks, typename Shared>
+  __device__ __forceinline__ void store_value_rows(const float (&dv)[1][kBlocks][4], int row, const Shared& shared,
+                                                   const BackwardParams& params, const BackwardVectorPaths& vectorized,
+                                                   const Tile& tile, int count) const {
+    store_output(shared, dv, row_of<T>(params.dv, params.dv_strides, tile, 0), params.dv_strides.seq, row, count,
+                 params.forward.shape.head_dim, vectorized.dv);
+  }
+
+  // Where a thread has both elements of the pairs that dK is rotated back by, or it is not.
+  template <int kHeadDim>
+  __device__ __forceinline__ bool has_whole_pairs(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                                  const BackwardVectorPaths& vectorized) const {
+    const RotaryTable& rotary = params.forward.rotary;
+    return workspace.dk_rotated || (vectorized.dk && !rotary.interleaved && rotary.rotary_dim == kHeadDim);
+  }
+
+  template <typename T, int kBlocks, typename Shared>
+  __device__ __forceinline__ void store_key_rows(float (&dk)[1][kBlocks][4], int row, const Shared& shared,
+                                                 const BackwardParams& params, const BackwardWorkspace& workspace,
+                                                 const BackwardVectorPaths& vectorized, const Tile& tile,
+                                                 int count) const {
+    const float scale = logit_scale(params.forward, tile.batch);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dk[0][block][i] *= scale;
+    }
+    if (!workspace.dk_rotated) {
+      const int table_row = params.forward.geometry.key_row(tile.keys.begin);
+      rotate_rows_back(dk[0], params.forward.rotary, table_row, row, count);
+    }
+    store_output(shared, dk, row_of<T>(params.dk, params.dk_strides, tile, 0), params.dk_strides.seq, row, count,
+                 params.forward.shape.head_dim, vectorized.dk);
   }
 
  private:
   template <typename T>
-  static __device__ __forceinline__ T* first_row(void* tensor, const Strides& strides, const Tile& tile) {
-    return static_cast<T*>(tensor) + tile.batch * strides.batch + tile.first_key * strides.seq +
+  static __device__ __forceinline__ T* row_of(void* tensor, const Strides& strides, const Tile& tile, int key) {
+    return static_cast<T*>(tensor) + tile.batch * strides.batch + (tile.first_key + key) * strides.seq +
            tile.kv_head * strides.head;
   }
 };
@@ -111,9 +148,8 @@ struct SequenceKeyTiles : ChunkKeyTiles {
 
   // Called by all threads before anything else.
   __device__ __forceinline__ void find(const BackwardParams& params, const BackwardWorkspace& workspace,
-                                       const TileSchedule& schedule, int tile_m, int tile_n) const {
-    if (threadIdx.x == 0 &&
-        !describe(work->keys, work->queries, params, workspace, schedule, blockIdx.x, tile_m, tile_n)) {
+                                       const TileSchedule& schedule, int index, int tile_m, int tile_n) const {
+    if (threadIdx.x == 0 && !describe(work->keys, work->queries, params, workspace, schedule, index, tile_m, tile_n)) {
       work->keys.keys = {0, 0};
     }
     __syncthreads();
@@ -135,7 +171,8 @@ struct RegionKeyTiles {
   AttendedRegions lists;
   RegionTiling tiling;
   KeyGradientSums sums;
-  int box_rows;  // Hopper only: the rows of a region that the copy engine brings at once, a divisor of the key tile
+  int blocks;    // of a cluster, among which a tile is cut
+  int box_rows;  // Hopper only: the rows of a region that the copy engine brings at once, a divisor of a block's keys
 
   struct Work {};
 
@@ -192,19 +229,19 @@ struct RegionKeyTiles {
   __device__ __forceinline__ void store_values(const float (&dv)[kSlabs][kBlocks][4], int row, int column,
                                                const Staged& /*staged*/, const BackwardParams& params,
                                                const BackwardWorkspace& /*workspace*/,
-                                               const BackwardVectorPaths& /*vectorized*/, const Tile& tile, int thread,
-                                               Sync&& sync) const {
-    add<kStoring>(sums.dv, sums.dv_turns, dv, row, column, 1.f, params, tile, thread, sync);
+                                               const BackwardVectorPaths& /*vectorized*/, const Tile& tile, int first,
+                                               int count, int thread, Sync&& sync) const {
+    add<kStoring>(sums.dv, sums.dv_turns, dv, row, column, 1.f, params, tile, first, count, thread, sync);
   }
 
   template <typename T, int kStoring, int kSlabs, int kBlocks, typename Staged, typename Sync>
   __device__ __forceinline__ void store_keys(const float (&dk)[kSlabs][kBlocks][4], int row, int column,
                                              const Staged& /*staged*/, const BackwardParams& params,
                                              const BackwardWorkspace& /*workspace*/,
-                                             const BackwardVectorPaths& /*vectorized*/, const Tile& tile, int thread,
-                                             Sync&& sync) const {
-    add<kStoring>(sums.dk, sums.dk_turns, dk, row, column, logit_scale(params.forward, tile.batch), params, tile,
-                  thread, sync);
+                                             const BackwardVectorPaths& /*vectorized*/, const Tile& tile, int first,
+                                             int count, int thread, Sync&& sync) const {
+    add<kStoring>(sums.dk, sums.dk_turns, dk, row, column, logit_scale(params.forward, tile.batch), params, tile, first,
+                  count, thread, sync);
   }
 
  private:
@@ -212,37 +249,38 @@ struct RegionKeyTiles {
     return lists.of_group(batch, kv_head * tiling.lists + list, group);
   }
 
-  // Adds the tile's gradients to the sums of its KV head. Where blocks take turns the warps of a block do, too, and
-  // rows unless regions are whole eights: a list may name a region twice. With regions of whole eights all that is
-  // added to an element comes from the same lane of the block's warps.
+  // Adds the gradients of keys from `first` on to the sums of the KV head. Where blocks take turns the warps of a block
+  // do, too, and rows unless regions are whole eights: a list may name a region twice. With regions of whole eights all
+  // that is added to an element comes from the same lane of the block's warps.
   template <int kStoring, int kSlabs, int kBlocks, typename Sync>
   __device__ __forceinline__ void add(float* tensor, int* turns, const float (&gradients)[kSlabs][kBlocks][4], int row,
                                       int column, float factor, const BackwardParams& params, const Tile& tile,
-                                      int thread, Sync&& sync) const {
+                                      int first, int count, int thread, Sync&& sync) const {
     const AttentionShape& shape = params.forward.shape;
     const int plane = tile.batch * shape.kv_heads + tile.kv_head;
     const bool in_turns = turns != nullptr;
     const ListedRegions regions = this->regions(tile);
     const bool row_by_row = in_turns && regions.region_size % GradientPieces::kRows != 0;
-    if (in_turns && thread == 0) wait_for_turn(turns + plane, tiling.turn(tile));
+    const int block = first / (tiling.size / blocks);
+    if (in_turns && thread == 0) wait_for_turn(turns + plane, blocks * tiling.turn(tile) + block);
 #pragma unroll 1
     for (int warp = 0; warp < (in_turns ? kStoring / 32 : 1); ++warp) {
       if (in_turns) sync();
       if (in_turns && thread / 32 != warp) continue;
-      add_rows(tensor, GradientPieces{shape.seqlen_k, shape.head_dim}, plane, gradients, factor, row, column,
-               tile.keys.end - tile.keys.begin, shape.head_dim, row_by_row,
-               [&](int index) { return token(regions, tile, index); });
+      add_rows(tensor, GradientPieces{shape.seqlen_k, shape.head_dim}, plane, gradients, factor, row, column, count,
+               shape.head_dim, row_by_row, [&](int index) { return token(regions, tile, first + index); });
     }
     if (in_turns) {
       __threadfence();
       sync();
-      if (thread == 0) pass_turns_on(turns + plane, tiling.turns(tile));
+      // The last block of a tile takes the turns of tiles without keys, too.
+      if (thread == 0) pass_turns_on(turns + plane, block + 1 < blocks ? 1 : blocks * (tiling.turns(tile) - 1) + 1);
     }
   }
 };
 
 inline RegionKeyTiles region_key_tiles(const BackwardParams& params, const AttendedRegions& lists,
-                                       const KeyGradientSums& sums, int tile_n) {
+                                       const KeyGradientSums& sums, int tile_n, int blocks) {
   const AttentionShape& shape = params.forward.shape;
   const int group_size = params.forward.geometry.stride();
   const int64_t listed_keys = lists.groups > 1 ? static_cast<int64_t>(lists.capacity) * lists.geometry.region_size : 0;
@@ -252,7 +290,7 @@ inline RegionKeyTiles region_key_tiles(const BackwardParams& params, const Atten
                             tile_n,
                             group_size,
                             shape.seqlen_k};
-  return {lists, tiling, sums, std::gcd(lists.geometry.region_size, tile_n)};
+  return {lists, tiling, sums, blocks, std::gcd(lists.geometry.region_size, tile_n / blocks)};
 }
 
 // Returns null, or why there is no such schedule.

@@ -60,7 +60,7 @@ const char* launch_backward_sm80(const BackwardParams& params, const BackwardWor
   const TileSchedule schedule = make_key_tile_schedule(params, workspace, plan.tile_n);
   return with_shared_kilobytes<kHeadDim>(plan, [&](auto kilobytes) {
     return launch_key_tiles(&dca_backward_sm80<T, kHeadDim, kilobytes()>, schedule, plan.warps * 32, plan.shared_memory,
-                            stream, params, workspace, vectorized, schedule);
+                            stream, 1, params, workspace, vectorized, schedule);
   });
 }
 
@@ -69,12 +69,12 @@ const char* launch_region_backward_sm80(const BackwardParams& params, const Back
                                         const AttendedRegions& regions, const KeyGradientSums& sums,
                                         const BackwardVectorPaths& vectorized, const KernelPlan& plan,
                                         cudaStream_t stream) {
-  const RegionKeyTiles keys = region_key_tiles(params, regions, sums, plan.tile_n);
+  const RegionKeyTiles keys = region_key_tiles(params, regions, sums, plan.tile_n, 1);
   TileSchedule schedule;
   if (const char* failure = schedule_region_key_tiles(params, keys, &schedule)) return failure;
   return with_shared_kilobytes<kHeadDim>(plan, [&](auto kilobytes) {
     return launch_key_tiles(&select_merge_backward_sm80<T, kHeadDim, kilobytes()>, schedule, plan.warps * 32,
-                            plan.shared_memory, stream, params, workspace, vectorized, keys, schedule);
+                            plan.shared_memory, stream, 1, params, workspace, vectorized, keys, schedule);
   });
 }
 

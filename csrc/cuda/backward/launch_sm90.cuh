@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "cuda/backward/backward_sm90.cuh"
-#include "cuda/backward/backward_sm90_wide.cuh"
+#include "cuda/backward/backward_sm90_pair.cuh"
 #include "cuda/backward/launch_key_tiles.cuh"
 #include "cuda/backward/launchers.h"
 #include "cuda/common/tensor_map.h"
@@ -15,7 +15,7 @@ namespace chunkattn::cuda {
 
 template <typename T, int kHeadDim, typename Keys>
 using BackwardSm90Kernel =
-    std::conditional_t<kHeadDim <= 128, BackwardSm90<T, kHeadDim, Keys>, BackwardSm90Wide<T, kHeadDim, Keys>>;
+    std::conditional_t<kHeadDim <= 128, BackwardSm90<T, kHeadDim, Keys>, BackwardSm90Pair<T, kHeadDim, Keys>>;
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(BackwardSm90Block<T, kHeadDim, ChunkKeyTiles>::kThreads, 1)
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(BackwardSm90Block<T, kHeadDim, SequenceKeyTile
   using Block = BackwardSm90Block<T, kHeadDim, SequenceKeyTiles>;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const SequenceKeyTiles keys{{}, &reinterpret_cast<typename Block::Control*>(shared_memory + Block::kTileBytes)->work};
-  keys.find(params, workspace, schedule, Block::kTileM, Block::kTileN);
+  keys.find(params, workspace, schedule, blockIdx.x / Block::kClusterSize, Block::kTileM, Block::kTileN);
   run_backward_sm90<BackwardSm90Kernel<T, kHeadDim, SequenceKeyTiles>>(params, workspace, vectorized, schedule, keys,
                                                                        maps);
 #endif
@@ -89,15 +89,15 @@ template <typename T, int kHeadDim>
 const char* launch_backward_sm90(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const BackwardVectorPaths& vectorized, const KernelPlan& plan, cudaStream_t stream) {
   const TileSchedule schedule = make_key_tile_schedule(params, workspace, plan.tile_n);
-  BackwardMaps maps;
-  const char* failure = encode_maps(&maps, params, workspace, plan, plan.tile_n);
-  if (failure != nullptr) return failure;
   using Block = BackwardSm90Block<T, kHeadDim, ChunkKeyTiles>;
+  BackwardMaps maps;
+  const char* failure = encode_maps(&maps, params, workspace, plan, Block::kBlockKeys);
+  if (failure != nullptr) return failure;
   using SequenceBlock = BackwardSm90Block<T, kHeadDim, SequenceKeyTiles>;
   const bool packed = params.forward.packed();
   return launch_key_tiles(packed ? &dca_varlen_backward_sm90<T, kHeadDim> : &dca_backward_sm90<T, kHeadDim>, schedule,
-                          Block::kThreads, packed ? SequenceBlock::kSharedBytes : Block::kSharedBytes, stream, params,
-                          workspace, vectorized, schedule, maps);
+                          Block::kThreads, packed ? SequenceBlock::kSharedBytes : Block::kSharedBytes, stream,
+                          Block::kClusterSize, params, workspace, vectorized, schedule, maps);
 }
 
 template <typename T, int kHeadDim>
@@ -105,15 +105,15 @@ const char* launch_region_backward_sm90(const BackwardParams& params, const Back
                                         const AttendedRegions& regions, const KeyGradientSums& sums,
                                         const BackwardVectorPaths& vectorized, const KernelPlan& plan,
                                         cudaStream_t stream) {
-  const RegionKeyTiles keys = region_key_tiles(params, regions, sums, plan.tile_n);
+  using Block = BackwardSm90Block<T, kHeadDim, RegionKeyTiles>;
+  const RegionKeyTiles keys = region_key_tiles(params, regions, sums, plan.tile_n, Block::kClusterSize);
   TileSchedule schedule;
   BackwardMaps maps;
   const char* failure = schedule_region_key_tiles(params, keys, &schedule);
   if (failure == nullptr) failure = encode_maps(&maps, params, workspace, plan, keys.box_rows);
   if (failure != nullptr) return failure;
-  using Block = BackwardSm90Block<T, kHeadDim, RegionKeyTiles>;
   return launch_key_tiles(&select_merge_backward_sm90<T, kHeadDim>, schedule, Block::kThreads, Block::kSharedBytes,
-                          stream, params, workspace, vectorized, schedule, keys, maps);
+                          stream, Block::kClusterSize, params, workspace, vectorized, schedule, keys, maps);
 }
 
 }  // namespace chunkattn::cuda

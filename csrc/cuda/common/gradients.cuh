@@ -83,6 +83,33 @@ __device__ __forceinline__ void pass_turns_on(int* turn, int turns) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(turn), "r"(turns) : "memory");
 }
 
+// Rotates a warp's accumulators of whole rows back by rows `table_row` on of the table, in the rotate-half layout of
+// all columns: this thread has both elements of its pairs. Its rows of the tile begin at `row`, of which `rows` are
+// there.
+template <int kBlocks>
+__device__ __forceinline__ void rotate_rows_back(float (&gradients)[kBlocks][4], const RotaryTable& table,
+                                                 int table_row, int row, int rows) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int n = row + half * 8 + lane / 4;
+    if (n >= rows) continue;
+    const int64_t index = (table_row + n) * table.row_stride + lane % 4 * 2;
+#pragma unroll
+    for (int block = 0; block < kBlocks / 2; ++block) {
+      const float2 cos = __ldg(reinterpret_cast<const float2*>(table.cos + index + block * 8));
+      const float2 sin = __ldg(reinterpret_cast<const float2*>(table.sin + index + block * 8));
+      float* first = &gradients[block][2 * half];
+      float* second = &gradients[block + kBlocks / 2][2 * half];
+      const float x[2] = {first[0], first[1]};
+      first[0] = x[0] * cos.x + second[0] * sin.x;
+      first[1] = x[1] * cos.y + second[1] * sin.y;
+      second[0] = second[0] * cos.x - x[0] * sin.x;
+      second[1] = second[1] * cos.y - x[1] * sin.y;
+    }
+  }
+}
+
 // Where a block collects float32 rows, so that whoever stores them can see whole rotary pairs. The padding spreads the
 // eight rows that a warp writes at once over the banks.
 template <int kRows, int kHeadDim>
