@@ -1,4 +1,4 @@
-"""The figures of the README are those of the committed result files."""
+"""The figures of the README, and of the prose between the generated tables, are those of the committed result files."""
 
 import json
 from pathlib import Path
@@ -145,3 +145,14 @@ def test_speed_sentences():
         f"all at {memory:.1f} GiB",
     ]
     assert [sentence for sentence in sentences if sentence not in text] == []
+
+
+def test_shares_of_a_single_chunk():
+    readme()
+    rates = measured_rows("forward_regimes", "chunk_size", "local_size", unit="tflops")
+    single = rates.pop((33280, 512))
+    share = {f"{chunk}:{local}": f"{rate / single:.1%}" for (chunk, local), rate in rates.items()}
+    assert share["3072:512"] == share["3584:512"]
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    assert f"3072:512 and 3584:512 run at {share['3072:512']} of a single chunk's rate, " in page
+    assert f"3520:512 at {share['3520:512']} and 3008:512 at {share['3008:512']}, " in page
