@@ -170,17 +170,34 @@ def causal_mask(batch, head, query, key):
     return query >= key
 
 
-def flex_attention(q, k, v):
-    """A call of FlexAttention, dense causal, compiled for these inputs."""
+def flex_blocks(q, k, v, whole, block=128):
+    """A call of FlexAttention, compiled for these inputs: to ``whole`` blocks of keys, and causally on the diagonal.
+
+    whole: bool [B or 1, H or 1, blocks, blocks], of queries and of keys, below the diagonal. create_block_mask
+    evaluates a mask at every query and key instead, and takes more than two minutes to compile.
+    """
     from torch.nn.attention import flex_attention as flex
 
+    def packed(mask):
+        indices = mask.int().argsort(dim=-1, descending=True, stable=True)
+        return mask.sum(dim=-1).int(), indices.int().contiguous()
+
     torch._dynamo.reset()  # every shape compiles anew: without this the limit on recompilations is reached
-    make_mask = torch.compile(flex.create_block_mask)
-    mask = make_mask(causal_mask, None, None, q.shape[1], k.shape[1], device=q.device.type)
+    diagonal = torch.eye(whole.shape[-1], dtype=torch.bool, device=q.device).expand_as(whole)
+    tables = (*packed(diagonal), *packed(whole))
+    lengths = q.shape[1], k.shape[1]
+    mask = flex.BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=block, mask_mod=causal_mask, seq_lengths=lengths)
     attend = torch.compile(flex.flex_attention, dynamic=False)
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return lambda: attend(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+
+def flex_attention(q, k, v, block=128):
+    """A call of FlexAttention, dense causal, compiled for these inputs: as many queries as keys."""
+    blocks = -(-k.shape[1] // block)
+    whole = torch.ones(1, 1, blocks, blocks, dtype=torch.bool, device=q.device).tril(-1)
+    return flex_blocks(q, k, v, whole, block)
 
 
 def flex_regions(q, k, v, indices, lists, block=128):
@@ -189,9 +206,6 @@ def flex_regions(q, k, v, indices, lists, block=128):
     Its masks are made of blocks of 128 keys, and of 16 it would be slow. So a group attends to as many blocks as its
     listed regions fill, those of most of them, and to its own tokens causally.
     """
-    from torch.nn.attention import flex_attention as flex
-
-    torch._dynamo.reset()
     blocks, per_group = -(-k.shape[1] // block), lists.group // block
     place = torch.arange(blocks, device=q.device)
     kept = torch.zeros(*indices.shape[:3], blocks + 1, device=q.device)
@@ -203,18 +217,7 @@ def flex_regions(q, k, v, indices, lists, block=128):
     whole = (rank < count).repeat_interleave(per_group, dim=2)[:, :, :blocks]
     own = place[:, None] // per_group == place[None, :] // per_group
     whole = (whole | (own & (place[:, None] > place[None, :]))).repeat_interleave(q.shape[2] // whole.shape[1], dim=1)
-    diagonal = torch.eye(blocks, dtype=torch.bool, device=q.device).expand_as(whole)
-
-    def packed(mask):
-        indices = mask.int().argsort(dim=-1, descending=True, stable=True)
-        return mask.sum(dim=-1).int(), indices.int().contiguous()
-
-    tables = (*packed(diagonal), *packed(whole))
-    mask = flex.BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=block, mask_mod=causal_mask)
-    attend = torch.compile(flex.flex_attention, dynamic=False)
-    grouped = q.shape[2] != k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return lambda: attend(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+    return flex_blocks(q, k, v, whole, block)
 
 
 def rotate(x, cos, sin):

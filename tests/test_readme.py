@@ -1,4 +1,4 @@
-"""The figures of the README are those of the committed result files."""
+"""The figures of the README, and of the prose between the generated tables, are those of the committed result files."""
 
 import json
 from pathlib import Path
@@ -123,7 +123,8 @@ def test_speed_sentences():
         [packed[impl, pass_, 8, 128] for pass_ in ("forward", "forward+backward")]
         for impl in ("chunkattn", "chunkattn-alone")
     )
-    rate = measured_rows("select_merge_flex", "impl", unit="tflops")
+    rates = measured_rows("select_merge_flex", "impl", "seq_k", unit="tflops")
+    listed, blocks = ([rates[impl, tokens] for tokens in (2**15, 2**17)] for impl in ("chunkattn", "flex"))
     steps = measured_rows("select_merge_decode", "impl", "batch", "seq_k")
     ours, dense = (
         [1e3 * steps[impl, 1, tokens] for tokens in (2**17, 2**20, 2**22)] for impl in ("select-merge", "dense")
@@ -136,11 +137,22 @@ def test_speed_sentences():
         f"FlashAttention-3's {1e3 * step['fa3', 'step', 100]:.1f}.",
         "take {:.1f} ms forward and {:.0f} ms with gradients".format(*together),
         "one after the other {:.1f} and {:.0f} ms".format(*one_by_one),
-        f"runs at {rate['chunkattn',]:.0f} TFLOP/s of executed FLOPs at 32k and 32 heads",
-        f"FlexAttention over the same regions at {rate['flex',]:.0f}",
+        "runs at {:.0f} and {:.0f} TFLOP/s of executed FLOPs over 32k and 131k tokens with 32 heads".format(*listed),
+        "FlexAttention over as many keys in blocks of 128 at {:.0f} and {:.0f} (".format(*blocks),
         "takes {:.0f} us over 128k tokens, {:.0f} over 1M and {:.0f} over 4M".format(*ours),
         "a dense step takes {:.0f}, {:,.0f} and {:,.0f} us".format(*dense),
         "takes {:.2f} s with DCA, {:.2f} s with select-and-merge attention and {:.2f} s with cuDNN's".format(*seconds),
         f"all at {memory:.1f} GiB",
     ]
     assert [sentence for sentence in sentences if sentence not in text] == []
+
+
+def test_shares_of_a_single_chunk():
+    readme()
+    rates = measured_rows("forward_regimes", "chunk_size", "local_size", unit="tflops")
+    single = rates.pop((33280, 512))
+    share = {f"{chunk}:{local}": f"{rate / single:.1%}" for (chunk, local), rate in rates.items()}
+    assert share["3072:512"] == share["3584:512"]
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    assert f"3072:512 and 3584:512 run at {share['3072:512']} of a single chunk's rate, " in page
+    assert f"3520:512 at {share['3520:512']} and 3008:512 at {share['3008:512']}, " in page

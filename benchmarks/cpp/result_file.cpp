@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <ctime>
 #include <fstream>
 #include <sstream>
@@ -8,6 +7,7 @@
 
 #include "json.h"
 #include "report.h"
+#include "source_tree.h"
 #include "thread_pool.h"
 
 namespace chunkattn::bench {
@@ -33,13 +33,9 @@ std::string ceilings_json(const Report& report, Place place) {
                       {"copy", json_string(ceilings.copy)}});
 }
 
-// The environment names the source tree where git is not at hand, as for the Python benchmarks.
 std::string header_json(const Report& report) {
   const Device* const cuda = report.devices.cuda.get();
-  const char* const given = std::getenv("CHUNKATTN_GIT_TREE");
-  std::string tree = given == nullptr ? "" : given;
-  const bool dirty = tree.ends_with("-dirty");
-  if (dirty) tree.resize(tree.size() - std::string("-dirty").size());
+  const SourceTree tree = find_source_tree();
   const bool uses_cuda = report.selection.uses(Place::kCuda);
   const bool uses_cpu = report.selection.uses(Place::kCpu);
   return json_object({{"benchmark", json_string("chunkattn_bench")},
@@ -51,8 +47,8 @@ std::string header_json(const Report& report) {
                       {"torch", "null"},
                       {"cuda", uses_cuda ? json_string(cuda->runtime_version()) : "null"},
                       {"chunkattn", json_string(CHUNKATTN_VERSION)},
-                      {"git_tree", json_string_or_null(tree)},
-                      {"dirty", tree.empty() ? "null" : json_bool(dirty)},
+                      {"git_tree", json_string_or_null(tree.hash)},
+                      {"dirty", tree.hash.empty() ? "null" : json_bool(tree.dirty)},
                       {"ceilings", ceilings_json(report, uses_cuda ? Place::kCuda : Place::kCpu)},
                       {"cpu_ceilings", uses_cuda && uses_cpu ? ceilings_json(report, Place::kCpu) : "null"},
                       {"rounds", json_number(report.rounds)}});

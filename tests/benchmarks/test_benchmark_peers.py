@@ -1,5 +1,6 @@
 """The implementations that are timed beside chunkattn: what they compute, and that they fit what they call."""
 
+import importlib
 import types
 
 import common
@@ -42,6 +43,31 @@ def test_composed_gradients_are_those_of_dca(seq, chunk_size, local_size):
     out = reference.dca(*qkv, cos, sin, chunk_size=chunk_size, local_size=local_size)
     for grad, expected in zip(grads, torch.autograd.grad(out, qkv, dout), strict=True):
         torch.testing.assert_close(grad, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seq", [1, 128, 384, 1280, 300])
+def test_flex_is_causal(monkeypatch, seq):
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+    seen = []
+
+    def attend(q, k, v, *, block_mask, enable_gqa):
+        seen.append((block_mask, enable_gqa))
+        return q
+
+    monkeypatch.setattr(flex, "flex_attention", attend)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    q, k = (torch.randn(1, seq, heads, 16) for heads in (2, 1))
+    assert peers.flex_attention(q, k, k)().shape == q.shape
+    ((mask, grouped),) = seen
+    expected = flex.create_block_mask(peers.causal_mask, None, None, seq, seq, device="cpu")
+    assert grouped
+    assert mask.shape == expected.shape
+    assert torch.equal(mask.to_dense(), expected.to_dense())
+    # For queries that fill no block create_block_mask calls no block of keys whole.
+    if seq % 128 == 0:
+        for field in ("num_blocks", "indices"):
+            for table in (f"kv_{field}", f"full_kv_{field}", f"q_{field}", f"full_q_{field}"):
+                assert torch.equal(getattr(mask, table), getattr(expected, table))
 
 
 def test_fa2_backward_fits_the_schema_of_torch():

@@ -12,7 +12,7 @@
 
 #include "check.h"
 #include "cuda/backward/schedule.h"
-#include "cuda/common/packed_sequences.h"
+#include "cuda/common/packed_rows.h"
 #include "cuda/common/tile_schedule.h"
 
 namespace {

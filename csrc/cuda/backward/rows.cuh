@@ -6,7 +6,7 @@
 
 #include "cuda/backward/gradient_pieces.h"
 #include "cuda/backward/tile_sizes.h"
-#include "cuda/common/packed_sequences.h"
+#include "cuda/common/packed_rows.h"
 #include "cuda/common/rotary.cuh"
 
 namespace chunkattn::cuda {

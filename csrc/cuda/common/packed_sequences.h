@@ -16,15 +16,4 @@ const char* launch_packed_queries(const ForwardParams& params, int tile_m, cudaS
 const char* launch_packed_keys(const BackwardParams& params, const BackwardWorkspace& workspace, int tile_n,
                                cudaStream_t stream);
 
-// The sequence that a row of a packed tensor belongs to, by the offsets of all `batch` sequences. Where the offsets are
-// no offsets the row need not lie in it.
-CHUNKATTN_HOST_DEVICE int sequence_of_row(const int* cu_seqlens, int batch, int row) {
-  int begin = 0, end = batch;
-  while (end - begin > 1) {
-    const int middle = begin + (end - begin) / 2;
-    (cu_seqlens[middle] <= row ? begin : end) = middle;
-  }
-  return begin;
-}
-
 }  // namespace chunkattn::cuda

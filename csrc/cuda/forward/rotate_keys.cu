@@ -1,7 +1,7 @@
 // Rotates raw keys, each by row position % stride of the table, into a copy of their own.
 #include <cuda_runtime.h>
 
-#include "cuda/common/packed_sequences.h"
+#include "cuda/common/packed_rows.h"
 #include "cuda/common/rotary.cuh"
 #include "kernels.h"
 
