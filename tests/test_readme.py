@@ -156,3 +156,12 @@ def test_shares_of_a_single_chunk():
     page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
     assert f"3072:512 and 3584:512 run at {share['3072:512']} of a single chunk's rate, " in page
     assert f"3520:512 at {share['3520:512']} and 3008:512 at {share['3008:512']}, " in page
+
+
+def test_flex_attention():
+    readme()
+    rate = measured_rows("forward_flex", "impl", "seq_q", unit="tflops")
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    flex, cudnn, ours = (rate[impl, 16384] for impl in ("flex", "cudnn", "chunkattn"))
+    assert f"dense causal attention at {flex:.0f} TFLOP/s over 16,384 keys" in page
+    assert f"cuDNN's runs at {cudnn:.0f} and chunkattn's DCA at {ours:.0f} " in page
