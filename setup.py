@@ -98,7 +98,7 @@ def find_cuda():
         return CudaToolkit(nvcc)
     if choice == "1":
         fail(
-            "CHUNKATTN_CUDA=1 asks for the CUDA kernels, but nvcc was not found: install the CUDA toolkit (12.4 or "
+            "CHUNKATTN_CUDA=1 asks for the CUDA kernels, but nvcc was not found: install the CUDA toolkit (12.6 or "
             "later) and set CUDA_HOME to it."
         )
     print("chunkattn: nvcc was not found, so only the CPU ops are built; set CUDA_HOME for the CUDA kernels.")

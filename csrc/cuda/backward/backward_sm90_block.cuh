@@ -98,8 +98,8 @@ struct BackwardSm90Block {
   typename Keys::Tile own;  // the keys of this block's cluster
   int rank;                 // in the cluster
 
-  // The block's part of the tile.
-  __device__ __forceinline__ int first_key() const { return kClusterSize == 1 ? 0 : rank * kBlockKeys; }
+  // Where the block's part of the tile begins, and how many keys a part has that begins at `first`.
+  __device__ __forceinline__ int key_offset() const { return kClusterSize == 1 ? 0 : rank * kBlockKeys; }
   __device__ __forceinline__ int count_keys(int first) const {
     const int count = own.keys.end - own.keys.begin - first;
     return count < 0 ? 0 : count < kBlockKeys ? count : kBlockKeys;
@@ -265,7 +265,7 @@ struct BackwardSm90Block {
     if constexpr (!Keys::kInRegions) {
       const int batch = Keys::kInSequences ? 0 : own.batch;
       expect_keys();
-      load_keys(0, {own.first_key + first_key(), batch});
+      load_keys(0, {own.first_key + key_offset(), batch});
       if constexpr (kClusterSize > 1) load_other_keys(0, {own.first_key + (1 - rank) * kBlockKeys, batch});
     }
     const QueryTiling& tiles = tiling();
@@ -310,9 +310,10 @@ struct BackwardSm90Block {
         }
         if (lane == 0) {
           statistics.tile = tile;
-          const int keys = count_keys(first_key());
-          statistics.masked = (tile.regime == Regime::kIntra && own.keys.begin + first_key() + keys - 1 > tile.begin) ||
-                              keys < kBlockKeys;
+          const int keys = count_keys(key_offset());
+          statistics.masked =
+              (tile.regime == Regime::kIntra && own.keys.begin + key_offset() + keys - 1 > tile.begin) ||
+              keys < kBlockKeys;
           statistics.plane = plane;
         }
         ptx::mbarrier_arrive(control.query_full + ring.index);
@@ -373,7 +374,7 @@ struct BackwardSm90Block {
   __device__ __forceinline__ void clear_missing_keys(int thread) const {
     if constexpr (Keys::kInRegions) return;
     if (own.keys.end - own.keys.begin == kTileN) return;
-    const int valid = count_keys(first_key());
+    const int valid = count_keys(key_offset());
     clear_rows(k_tile(), valid, thread);
     clear_rows(v_tile(), valid, thread);
     if constexpr (kClusterSize > 1) clear_rows(other_k_tile(), count_keys((1 - rank) * kBlockKeys), thread);
@@ -404,7 +405,7 @@ struct BackwardSm90Block {
     const bool causal = tile.regime == Regime::kIntra;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int position = own.keys.begin + first_key() + key_row + half * 8 + lane / 4;
+      const int position = own.keys.begin + key_offset() + key_row + half * 8 + lane / 4;
       // The first query of the tile that sees the key.
       const int first = position >= own.keys.end ? kTileM : causal ? position - tile.begin : 0;
       const int begin = first - lane % 4 * 2;
@@ -527,7 +528,8 @@ struct BackwardSm90Block {
     }
   }
 
-  // Between these a warpgroup writes its part of dQ, for the warp that has it added.
+  // Between these a warpgroup writes its part of dQ, for the warp that has it added. Behind its last part it waits once
+  // more: that warp has arrived once more.
   static __device__ __forceinline__ void wait_part_free(int warpgroup) {
     ptx::named_barrier_sync(kPartFreeBarrier + warpgroup, kPartThreads);
   }
@@ -537,7 +539,7 @@ struct BackwardSm90Block {
   }
 
   // One warp for each warpgroup: has the copy engine add the warpgroup's part of dQ, tile after tile. The part lies at
-  // part(stage); once it is read, the warp arrives at the stage's barrier in `empty`.
+  // part(stage); once it is read, the warp calls release(stage).
   template <typename Part, typename Release>
   __device__ __forceinline__ void add_query_gradients(int warpgroup, Part&& part, Release&& release) const {
     const int query_tiles = workspace.turns == nullptr ? 0
@@ -562,7 +564,7 @@ struct BackwardSm90Block {
         int* turn =
             workspace.turns == nullptr ? nullptr : turns() + static_cast<int64_t>(plane) * query_tiles + tile.index;
         if (turn != nullptr) {
-          // Each warpgroup of the tiles before passes one on.
+          // Each warpgroup of each block of the tiles before passes one on.
           wait_for_turn(turn, kClusterSize * kConsumers * own.order);
           ptx::fence_async_proxy_all();
         }
@@ -598,18 +600,18 @@ struct BackwardSm90Block {
   template <int kStoring, typename Sync>
   __device__ __forceinline__ void store_values(const KeyGradients& dv, int key_row, const Staged& staged,
                                                const BackwardVectorPaths& vectorized, int thread, Sync&& sync) const {
-    const int count = count_keys(first_key());
+    const int count = count_keys(key_offset());
     if constexpr (kRowsByWarp) {
       source.template store_value_rows<T>(dv, key_row, k_tile(), params, vectorized, own, count);
     } else {
-      source.template store_values<T, kStoring>(dv, key_row, 0, staged, params, workspace, vectorized, own, first_key(),
-                                                count, thread, sync);
+      source.template store_values<T, kStoring>(dv, key_row, 0, staged, params, workspace, vectorized, own,
+                                                key_offset(), count, thread, sync);
     }
   }
   template <int kStoring, typename Sync>
   __device__ __forceinline__ void store_keys(KeyGradients& dk, int key_row, const Staged& staged,
                                              const BackwardVectorPaths& vectorized, int thread, Sync&& sync) const {
-    const int count = count_keys(first_key());
+    const int count = count_keys(key_offset());
     if constexpr (kRowsByWarp) {
       if (source.template has_whole_pairs<kHeadDim>(params, workspace, vectorized)) {
         source.template store_key_rows<T>(dk, key_row, v_tile(), params, workspace, vectorized, own, count);
@@ -617,12 +619,12 @@ struct BackwardSm90Block {
       }
       sync();  // dV has left what `staged` overlaps
     }
-    source.template store_keys<T, kStoring>(dk, key_row, 0, staged, params, workspace, vectorized, own, first_key(),
+    source.template store_keys<T, kStoring>(dk, key_row, 0, staged, params, workspace, vectorized, own, key_offset(),
                                             count, thread, sync);
   }
 
  private:
-  // At head_dim 256 the registers do not reach for it.
+  // Regions are added to float32 sums, and at head_dim 256 the registers do not reach for it.
   static constexpr bool kRowsByWarp = !Keys::kInRegions && kClusterSize == 1;
 };
 

@@ -29,7 +29,8 @@ struct BackwardSm90Pair {
 
   static constexpr int kValues = 0, kKeys = 1;  // the warpgroups, by what they compute the gradient of
 
-  // The second warpgroup says that a tile of Q may be overwritten, the warps of dQ that one of dO may.
+  // The second warpgroup says that a tile of Q may be overwritten, the warps of dQ that one of dO may: each to the
+  // block that loads the half in which its part lay.
   static constexpr int kQueryArrivals = 4, kDoutArrivals = 1;
 
   static constexpr int kWeightsBarrier = 4;       // P is handed on
@@ -103,7 +104,8 @@ struct BackwardSm90Pair {
     ptx::fence_async_proxy();
     ptx::named_barrier_arrive(kDifferencesBarrier, Block::kConsumerThreads);
     __syncwarp();
-    // The other block has finished with the dS before, and expects this one.
+    // The other block has finished with the dS before. It need not expect this one yet: the phase stays open until it
+    // does.
     ptx::mbarrier_wait(&block.control.ds_taken, lap ^ 1);
     const int other = 1 - block.rank;
     const uint32_t target = ptx::address_in_block(other_ds_tile().base, other);
@@ -123,6 +125,7 @@ struct BackwardSm90Pair {
         dq, ds_tile().base,
         block.k_tile().base + (block.rank * Block::kConsumers + warpgroup) * kPanels * Block::KeyShared::kPanelBytes,
         false);
+    // Every thread that waited orders what arrived before the products that read it.
     ptx::mbarrier_wait(&block.control.other_ds_full, lap);
     ptx::fence_async_proxy();
     Block::add_keys(dq, other_ds_tile().base,
@@ -166,7 +169,7 @@ struct BackwardSm90Pair {
       next.wait_full(control.query_full);
       const Statistics& next_statistics = control.statistics[next.index];
       more = next_statistics.plane >= 0;
-      // Behind the last tile these logits are of no use and do no harm.
+      // Behind the last tile these logits, and the statistics read for them, are of no use and do no harm.
       start_rows_by_rows<T>(logits, block.k_tile(), 0, block.q_tile(next.index));
       ptx::named_barrier_sync(kDifferencesBarrier, Block::kConsumerThreads);
       QueryGradients dq;

@@ -1,5 +1,5 @@
-// The attentions of the backward kernels. A thread block owns a tile of keys; what differs is which keys those are,
-// which queries attend to them, and where their gradients go.
+// The attentions of the backward kernels. A thread block, or a cluster, owns a tile of keys; what differs is which keys
+// those are, which queries attend to them, and where their gradients go.
 #pragma once
 
 #include <numeric>
@@ -99,7 +99,7 @@ struct ChunkKeyTiles {
                  params.forward.shape.head_dim, vectorized.dv);
   }
 
-  // Where a thread has both elements of the pairs that dK is rotated back by, or it is not.
+  // Whether a thread has both elements of every pair in which dK is rotated back; or dK is not.
   template <int kHeadDim>
   __device__ __forceinline__ bool has_whole_pairs(const BackwardParams& params, const BackwardWorkspace& workspace,
                                                   const BackwardVectorPaths& vectorized) const {

@@ -90,7 +90,8 @@ const char* dca_backward(const BackwardParams& call, const BackwardWorkspace& wo
   int capability = 0;
   if (const char* failure = check_call(forward, &capability)) return failure;
   if (!forward.k_rotated) {
-    // A block has read its keys when it writes their gradients, and nobody else reads them: dk has room until then.
+    // A block has read its keys when it writes their gradients: dk has room until then. Who else reads them, the other
+    // block of its cluster, had done so before it sent its first dS.
     if (const char* failure = rotate_keys(forward, params.dk, params.dk_strides, stream)) return failure;
     forward.k = params.dk;
     forward.k_strides = params.dk_strides;

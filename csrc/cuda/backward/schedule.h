@@ -18,11 +18,11 @@ CHUNKATTN_HOST_DEVICE KeyTileItem key_tile_item(const TileSchedule& schedule, in
   return {schedule.tiles - 1 - item.tile, item.plane};
 }
 
-// Keys of dual chunk attention that a thread block owns.
+// Keys of dual chunk attention that a thread block owns, or a cluster.
 struct ChunkKeyTile {
   int batch;
   int kv_head;
-  int order;       // how many blocks add to dq of the same queries before this one, where they take turns
+  int order;       // how many tiles add to dq of the same queries before this one, where they take turns
   QueryTile keys;  // positions
   int first_key;   // row of k, v, dk and dv of the first
 };
@@ -54,7 +54,7 @@ CHUNKATTN_HOST_DEVICE ChunkKeyTile plain_key_tile(const ForwardParams& forward, 
   return {item.plane / kv_heads, item.plane % kv_heads, item.tile, keys, keys.begin};
 }
 
-// Fills in what thread block `index` works on; false where that is nothing.
+// Fills in what thread block, or cluster, `index` works on; false where that is nothing.
 CHUNKATTN_HOST_DEVICE bool describe_key_tile(ChunkKeyTile& own, AttendingQueries& queries, const BackwardParams& params,
                                              const BackwardWorkspace& workspace, const TileSchedule& schedule,
                                              int64_t index, int tile_m, int tile_n) {

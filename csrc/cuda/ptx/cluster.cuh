@@ -27,11 +27,11 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t shared, int rank) 
   return address;
 }
 
-// Arrives at a block's barrier. Says only that this thread's products and loads have read what may now be overwritten:
-// what it wrote is not made visible, which would take longer than a product.
+// Arrives at a block's barrier. Says only that what the warp, or the copy engine for it, has read may be overwritten:
+// what the thread wrote is not made visible to the other block (release.cluster), which would take longer than a
+// product.
 __device__ __forceinline__ void mbarrier_arrive_in_block(uint64_t* barrier, int rank) {
-  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(
-                   address_in_block(shared_address(barrier), rank))
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(address_in_block(shared_address(barrier), rank))
                : "memory");
 }
 
