@@ -36,7 +36,7 @@ CPU_TABLE = {"s512-h4/2-d64": list(PASSES)}
 
 # Dense attention is timed up to here: beyond, a call takes seconds.
 LONGEST_DENSE = 128 << 10
-# FlexAttention compiles for half a minute a shape: these have to do.
+# FlexAttention compiles for every shape: these have to do.
 FLEX_SHAPES = ("s32768-h32-d128", "s131072-h32-d128")
 
 CHECKED_ROWS = 64
@@ -245,7 +245,7 @@ class SelectMerge(driver.Benchmark):
         if self.device.type == "cpu":
             absent["flex"] = "runs on CUDA only"
         elif not self.options.flex:
-            absent["flex"] = "compiles for a minute; asked for with --flex"
+            absent["flex"] = "compiles for every shape; asked for with --flex"
         if not _ops.has_kernels("select_merge_backward", self.device):
             absent["gradients"] = f"this build of chunkattn has no select_merge_backward for {self.device.type}"
         names = [*engines, *([] if "flex" in absent else ["flex"]), *self.composed, *self.ours]

@@ -176,7 +176,7 @@ class Benchmark:
         else:
             names = [name for name in self.dense + self.composed + self.ours if not name.endswith("sdpa")]
         if not self.options.flex and "flex" not in (self.options.impls or []):
-            absent.setdefault("flex", "compiles for a minute per shape; asked for with --flex")
+            absent.setdefault("flex", "compiles for every shape; asked for with --flex")
         if self.options.impls:
             absent |= {name: "not selected" for name in names if name not in self.options.impls and name not in absent}
         known = self.dense + self.composed + self.ours

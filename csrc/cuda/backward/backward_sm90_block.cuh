@@ -359,14 +359,14 @@ struct BackwardSm90Block {
     if (thread % 32 == 0) ptx::mbarrier_arrive(barrier);
   }
 
-  // The same in every block of the cluster: each copies to all.
-  static __device__ __forceinline__ void release_stage(uint64_t* barrier, int thread) {
-    if constexpr (kClusterSize == 1) {
-      arrive_warp(barrier, thread);
-    } else {
-      __syncwarp();
-      if (thread % 32 < kClusterSize) ptx::mbarrier_arrive_in_block(barrier, thread % 32);
-    }
+  // The same in one block of the cluster, and in all of them.
+  static __device__ __forceinline__ void arrive_warp_in_block(uint64_t* barrier, int block, int thread) {
+    __syncwarp();
+    if (thread % 32 == 0) ptx::mbarrier_arrive_in_block(barrier, block);
+  }
+  static __device__ __forceinline__ void arrive_warp_in_cluster(uint64_t* barrier, int thread) {
+    __syncwarp();
+    if (thread % 32 < kClusterSize) ptx::mbarrier_arrive_in_block(barrier, thread % 32);
   }
 
   // Behind a partial tile the copy engine brought keys of the next chunk. Their P is zero, but they must be finite too.

@@ -60,9 +60,8 @@ struct BackwardSm90Pair {
     block.add_query_gradients(
         warpgroup, [&](int stage) { return dq_part(warpgroup, stage); },
         [&](int stage) {
-          // To the block that loads this half of dO.
-          __syncwarp();
-          if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive_in_block(block.control.dout_empty + stage, warpgroup);
+          // The block that loads this half of dO.
+          Block::arrive_warp_in_block(block.control.dout_empty + stage, warpgroup, threadIdx.x);
         });
   }
 
@@ -135,8 +134,7 @@ struct BackwardSm90Pair {
 
   // A warp has finished with the other block's dS.
   __device__ __forceinline__ void take_differences(int thread) const {
-    __syncwarp();
-    if (thread % 32 == 0) ptx::mbarrier_arrive_in_block(&block.control.ds_taken, 1 - block.rank);
+    Block::arrive_warp_in_block(&block.control.ds_taken, 1 - block.rank, thread);
   }
 
   __device__ __forceinline__ void expect_differences(int thread) const {
@@ -221,7 +219,7 @@ struct BackwardSm90Pair {
       ptx::wgmma_wait<1>();
       ptx::pin(dk[0]);
       // Before the wait for dO, which comes late: the next Q but one is needed first.
-      Block::release_stage(control.query_empty + ring.index, thread);
+      Block::arrive_warp_in_cluster(control.query_empty + ring.index, thread);
       Stages next = ring;
       next.advance();
       next.wait_full(control.query_full);

@@ -101,11 +101,8 @@ __device__ __forceinline__ void rotate_rows_back(float (&gradients)[kBlocks][4],
       const float2 sin = __ldg(reinterpret_cast<const float2*>(table.sin + index + block * 8));
       float* first = &gradients[block][2 * half];
       float* second = &gradients[block + kBlocks / 2][2 * half];
-      const float x[2] = {first[0], first[1]};
-      first[0] = x[0] * cos.x + second[0] * sin.x;
-      first[1] = x[1] * cos.y + second[1] * sin.y;
-      second[0] = second[0] * cos.x - x[0] * sin.x;
-      second[1] = second[1] * cos.y - x[1] * sin.y;
+      rotate_pair_back(first[0], second[0], cos.x, sin.x);
+      rotate_pair_back(first[1], second[1], cos.y, sin.y);
     }
   }
 }

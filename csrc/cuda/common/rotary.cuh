@@ -153,6 +153,12 @@ __device__ __forceinline__ void rotate_unit(float (&first)[kChunk], float (&seco
 
 // The way back, which gradients take: the rotation by minus the row, of float32 rows.
 
+__device__ __forceinline__ void rotate_pair_back(float& first, float& second, float cos, float sin) {
+  const float x = first, y = second;
+  first = x * cos + y * sin;
+  second = y * cos - x * sin;
+}
+
 __device__ __forceinline__ void load_floats(const float* source, float (&x)[kChunk]) {
   const float4 low = *reinterpret_cast<const float4*>(source), high = *reinterpret_cast<const float4*>(source + 4);
   x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
@@ -165,11 +171,7 @@ __device__ __forceinline__ void rotate_interleaved_back(float (&x)[kChunk], cons
   const float4 sin = __ldg(reinterpret_cast<const float4*>(table.sin + index));
   const float c[4] = {cos.x, cos.y, cos.z, cos.w}, s[4] = {sin.x, sin.y, sin.z, sin.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float a = x[2 * i], b = x[2 * i + 1];
-    x[2 * i] = a * c[i] + b * s[i];
-    x[2 * i + 1] = b * c[i] - a * s[i];
-  }
+  for (int i = 0; i < 4; ++i) rotate_pair_back(x[2 * i], x[2 * i + 1], c[i], s[i]);
 }
 
 __device__ __forceinline__ void rotate_unit_back(float (&first)[kChunk], float (&second)[kChunk],
@@ -183,11 +185,8 @@ __device__ __forceinline__ void rotate_unit_back(float (&first)[kChunk], float (
   const Angles angles = load_angles(table, table_row, unit.first);
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    const float cos = reinterpret_cast<const float*>(angles.cos)[i],
-                sin = reinterpret_cast<const float*>(angles.sin)[i];
-    const float x = first[i], y = second[i];
-    first[i] = x * cos + y * sin;
-    second[i] = y * cos - x * sin;
+    rotate_pair_back(first[i], second[i], reinterpret_cast<const float*>(angles.cos)[i],
+                     reinterpret_cast<const float*>(angles.sin)[i]);
   }
 }
 
