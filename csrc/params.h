@@ -149,7 +149,7 @@ struct BackwardParams {
 struct RegimeQueries {
   const void* q;  // [batch, rows, heads, head_dim], packed: [rows, heads, head_dim]; by ChunkGeometry::query_row
   Strides q_strides;
-  float* dq;  // [planes, rows, head_dim], contiguous, or GradientPieces; starts at zero
+  float* dq;  // [planes] of GradientRows or GradientPieces; starts at zero
   int rows;   // of RegimeRows
 };
 
@@ -164,7 +164,7 @@ struct BackwardWorkspace {
   size_t zeroed_bytes;
   SequenceTiles* sequence_tiles;  // [batch + 1], of packed sequences; else null
   bool dk_rotated;                // dk is wanted with respect to rotated keys: they arrived so
-  bool dq_in_pieces;              // by GradientPieces: the main loop says
+  bool dq_in_pieces;              // by GradientPieces, not GradientRows: the main loop says
 };
 
 // Chooses the regions that each group of queries attends to.

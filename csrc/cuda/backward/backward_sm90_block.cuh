@@ -503,28 +503,23 @@ struct BackwardSm90Block {
     }
   }
 
-  // A warpgroup's part of dQ on its way: panels of 64 rows by 32 float32 elements, swizzled as PanelTile is.
+  // A warpgroup's part of dQ on its way: panels of 64 rows by 32 float32 elements, swizzled as PanelTile is, their
+  // columns in the order of GradientRows.
   static constexpr int kGradientPanels = kQueryColumns / 32;
   static constexpr int kGradientPanelBytes = 64 * 128;
 
-  // Writes this warpgroup's part of dQ to shared memory. Rows behind the tile's queries are zero. Half a warp stores
-  // four rows at once, of which the swizzle would put neighbours on the same banks: odd rows store their blocks in
-  // another order.
+  // Writes this warpgroup's part of dQ to shared memory. Rows behind the tile's queries are zero. Of the 16 rows and
+  // 8 columns that a warp stores at once, a lane has the address of a row's even columns or of its odd ones.
   static __device__ __forceinline__ void store_part(const QueryGradients& dq, uint32_t part, int thread) {
     const int lane = thread % 32;
-    const bool odd = lane / 4 % 2 == 1;
-    const int column = odd ? 4 : 0;  // chunk by which the pair of blocks changes places
+    const uint32_t row =
+        part + (thread / 32 * 16 + lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = thread / 32 * 16 + half * 8 + lane / 4;
-#pragma unroll
-      for (int block = 0; block < kQueryColumns / 8; ++block) {
-        const int chunk = (block % 4 * 2 + lane % 4 / 2) ^ column;
-        const float* own = &dq[0][block][2 * half];
-        const float* other = &dq[0][block ^ 2][2 * half];
-        store_shared(part + block / 4 * kGradientPanelBytes + row * 128 + (chunk ^ (row % 8)) * 16 + lane % 2 * 8,
-                     odd ? other[0] : own[0], odd ? other[1] : own[1]);
-      }
+    for (int block = 0; block < kQueryColumns / 8; ++block) {
+      const float (&x)[4] = dq[0][block];
+      // Two chunks further on in the row, as the panel permutes them: PanelTile::address().
+      ptx::stmatrix_x4((row ^ (block % 4 * 32)) + block / 4 * kGradientPanelBytes,
+                       {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
     }
   }
 

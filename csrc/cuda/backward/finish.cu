@@ -26,7 +26,8 @@ __device__ __forceinline__ uint4 pack_scaled(float (&x)[kChunk], float scale) {
   return pack8<T>(x);
 }
 
-template <typename T>
+// kInPieces: workspace.dq_in_pieces, as a constant so that the order of columns costs no registers.
+template <typename T, bool kInPieces>
 __device__ __forceinline__ void finish_unit(const BackwardParams& params, const BackwardWorkspace& workspace,
                                             const RowOfThread& place, float scale, T* dq) {
   const ForwardParams& forward = params.forward;
@@ -47,6 +48,10 @@ __device__ __forceinline__ void finish_unit(const BackwardParams& params, const 
   float first[kChunk] = {}, second[kChunk] = {};
   for_each_regime(params, workspace, place, [&](Regime regime, int) {
     const int i = static_cast<int>(regime);
+    if constexpr (!kInPieces) {
+      order_columns(a[i]);
+      order_columns(b[i]);
+    }
     if (table_row[i] >= 0) rotate_unit_back(a[i], b[i], unit, forward.rotary, table_row[i]);
     add(first, a[i]);
     add(second, b[i]);
@@ -72,7 +77,7 @@ __device__ __forceinline__ void finish_elements(const BackwardParams& params, co
   }
 }
 
-template <typename T>
+template <typename T, bool kInPieces>
 __global__ void __launch_bounds__(kRowThreads)
     finish_kernel(const __grid_constant__ BackwardParams params, const __grid_constant__ BackwardWorkspace workspace,
                   int lanes, bool vectorized) {
@@ -81,7 +86,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const float scale = logit_scale(params.forward, place.batch);
     T* dq = place.of(static_cast<T*>(params.dq), params.dq_strides);
     if (vectorized) {
-      finish_unit(params, workspace, place, scale, dq);
+      finish_unit<T, kInPieces>(params, workspace, place, scale, dq);
     } else {
       finish_elements(params, workspace, place, scale, dq);
     }
@@ -144,9 +149,13 @@ const char* launch_round_key_gradients(const BackwardParams& params, const KeyGr
 
 const char* launch_finish(const BackwardParams& params, const BackwardWorkspace& workspace,
                           const BackwardVectorPaths& vectorized, cudaStream_t stream) {
-  return params.forward.dtype == DataType::kBFloat16
-             ? launch_over_rows(&finish_kernel<BFloat16>, params, workspace, vectorized.finish, stream)
-             : launch_over_rows(&finish_kernel<Float16>, params, workspace, vectorized.finish, stream);
+  const auto launch = [&](auto kernel) {
+    return launch_over_rows(kernel, params, workspace, vectorized.finish, stream);
+  };
+  if (params.forward.dtype == DataType::kBFloat16) {
+    return workspace.dq_in_pieces ? launch(&finish_kernel<BFloat16, true>) : launch(&finish_kernel<BFloat16, false>);
+  }
+  return workspace.dq_in_pieces ? launch(&finish_kernel<Float16, true>) : launch(&finish_kernel<Float16, false>);
 }
 
 }  // namespace chunkattn::cuda

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/backward/gradient_pieces.h"
+#include "cuda/backward/gradient_rows.h"
 #include "cuda/backward/tile_sizes.h"
 #include "cuda/common/packed_rows.h"
 #include "cuda/common/rotary.cuh"
@@ -102,12 +103,25 @@ __device__ __forceinline__ void for_each_regime(const BackwardParams& params, co
 // The gradient of a row with respect to its queries of a regime.
 struct GradientRow {
   float* data;
-  int chunk_pitch;  // from one kChunk elements to the next
+  int chunk_pitch;   // from one kChunk elements to the next
+  bool evens_first;  // in a chunk: GradientRows
 
   __device__ __forceinline__ float* chunk(int d) const { return data + d / kChunk * chunk_pitch; }
-  __device__ __forceinline__ float& operator[](int d) const { return chunk(d)[d % kChunk]; }
+
+  __device__ __forceinline__ float operator[](int d) const {
+    return chunk(d)[evens_first ? GradientRows::place(d % kChunk) : d % kChunk];
+  }
 };
-static_assert(GradientPieces::kColumns == kChunk);
+static_assert(GradientPieces::kColumns == kChunk && GradientRows::kColumns == kChunk);
+
+// A chunk of GradientRows as they lie there becomes one of neighbouring columns.
+__device__ __forceinline__ void order_columns(float (&x)[kChunk]) {
+  float ordered[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) ordered[i] = x[GradientRows::place(i)];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) x[i] = ordered[i];
+}
 
 __device__ __forceinline__ GradientRow gradient_row(const BackwardParams& params, const BackwardWorkspace& workspace,
                                                     const RowOfThread& place, Regime regime, int row) {
@@ -115,9 +129,9 @@ __device__ __forceinline__ GradientRow gradient_row(const BackwardParams& params
   const int head_dim = params.forward.shape.head_dim;
   const int64_t plane = place.plane(params.forward.shape);
   if (workspace.dq_in_pieces) {
-    return {target.dq + GradientPieces{target.rows, head_dim}.offset(plane, row), GradientPieces::kElements};
+    return {target.dq + GradientPieces{target.rows, head_dim}.offset(plane, row), GradientPieces::kElements, false};
   }
-  return {target.dq + (plane * target.rows + row) * head_dim, kChunk};
+  return {target.dq + GradientRows{target.rows, head_dim}.offset(plane, row), kChunk, true};
 }
 
 }  // namespace chunkattn::cuda
