@@ -158,6 +158,16 @@ def test_shares_of_a_single_chunk():
     assert f"3520:512 at {share['3520:512']} and 3008:512 at {share['3008:512']}, " in page
 
 
+def test_backward_in_long_rounds():
+    times = measured_rows("backward_32k", "impl")
+    ratios = {impl: f"{times[impl,] / times['chunkattn',]:.2f}" for impl in ("fa3", "cudnn", "composed-fa3")}
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    assert f"at {ratios['fa3']} of FlashAttention-3's rate over 32,768 keys, {ratios['cudnn']} of cuDNN's" in page
+    assert f"and {ratios['composed-fa3']} of DCA composed of FlashAttention-3's calls." in page
+    text = " ".join(readme().split())
+    assert f"it is {ratios['fa3']} of FlashAttention-3's rate and {ratios['composed-fa3']} of its calls'." in text
+
+
 def test_flex_attention():
     readme()
     rate = measured_rows("forward_flex", "impl", "seq_q", unit="tflops")
