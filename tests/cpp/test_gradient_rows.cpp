@@ -46,7 +46,7 @@ void test_order() {
 int main() {
   test_order();
   for (int rows : {1, 7, 8, 9, 64, 100}) {
-    for (int head_dim : {1, 33, 64, 72, 90, 100, 128}) test_places({rows, head_dim});
+    for (int head_dim : {8, 64, 72, 104, 128}) test_places({rows, head_dim});
   }
   return chunkattn::test::report();
 }

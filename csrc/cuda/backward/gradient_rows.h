@@ -1,6 +1,6 @@
-// How the Hopper kernels keep the float32 gradients with respect to a regime's queries: rows, [plane][row][columns], of
-// which there are a multiple of 8. Of eight columns the even ones come first: stmatrix stores a 16-byte row from four
-// lanes, and each of them holds an even column and the odd one behind it.
+// How the Hopper kernels keep the float32 gradients with respect to a regime's queries: rows,
+// [plane][row][head_dim], head_dim a multiple of 8 (vector_paths.h). Of eight columns the even ones come first:
+// stmatrix stores a 16-byte row from four lanes, and each of them holds an even column and the odd one behind it.
 #pragma once
 
 #include "geometry.h"
@@ -13,11 +13,9 @@ struct GradientRows {
   int rows;
   int head_dim;
 
-  CHUNKATTN_HOST_DEVICE int pitch() const { return (head_dim + kColumns - 1) / kColumns * kColumns; }
-
   // Of a row's first element.
   CHUNKATTN_HOST_DEVICE int64_t offset(int64_t plane_index, int row) const {
-    return (plane_index * rows + row) * pitch();
+    return (plane_index * rows + row) * head_dim;
   }
 
   // From there to a column's.

@@ -7,7 +7,6 @@
 
 #include "cuda/backward/backward_sm90.cuh"
 #include "cuda/backward/backward_sm90_pair.cuh"
-#include "cuda/backward/gradient_rows.h"
 #include "cuda/backward/launch_key_tiles.cuh"
 #include "cuda/backward/launchers.h"
 #include "cuda/common/tensor_map.h"
@@ -77,8 +76,7 @@ inline const char* encode_maps(BackwardMaps* maps, const BackwardParams& params,
     const RegimeQueries& regime = workspace.regimes[workspace.regimes[i].rows > 0 ? i : 0];
     encode(encode_queries, maps->q + i, regime.q, regime.q_strides, regime.rows, shape.heads, plan.tile_m);
     if (failure == nullptr) {
-      const GradientRows gradients{regime.rows, shape.head_dim};
-      failure = encode_gradients(maps->dq + i, regime.dq, forward.planes(), gradients.rows, gradients.pitch());
+      failure = encode_gradients(maps->dq + i, regime.dq, forward.planes(), regime.rows, shape.head_dim);
     }
   }
   encode(encode_queries, &maps->dout, params.dout, params.dout_strides, forward.rows_q(), shape.heads, plan.tile_m);

@@ -31,11 +31,10 @@ struct PreparedRow {
   }
 };
 
-// By the lanes of a row together: what a warp stores at once then lies together. Behind the last column too, as far as
-// a chunk reaches.
+// By the lanes of a row together: what a warp stores at once then lies together.
 __device__ __forceinline__ void clear_row(const GradientRow& gradient, int head_dim, int lane, int lanes) {
   constexpr int kColumns = 4;
-  for (int d = lane * kColumns; d < (head_dim + kChunk - 1) / kChunk * kChunk; d += lanes * kColumns) {
+  for (int d = lane * kColumns; d < head_dim; d += lanes * kColumns) {
     *reinterpret_cast<float4*>(gradient.chunk(d) + d % kChunk) = float4{0.f, 0.f, 0.f, 0.f};
   }
 }
@@ -86,9 +85,8 @@ __device__ __forceinline__ float prepare_elements(const PreparedRow<T>& row, int
   return delta;
 }
 
-// Four blocks of a multiprocessor at once: ptxas would take half as many registers again, and memory would wait.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads, 4)
+__global__ void __launch_bounds__(kRowThreads)
     prepare_kernel(const __grid_constant__ BackwardParams params, const __grid_constant__ BackwardWorkspace workspace,
                    int lanes, bool vectorized) {
   const ForwardParams& forward = params.forward;
