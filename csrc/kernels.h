@@ -35,12 +35,13 @@ namespace cuda {
 const char* rotate_keys(const ForwardParams& params, void* rotated, const Strides& rotated_strides, void* stream);
 const char* dca_forward(const ForwardParams& params, void* stream);
 
-// The workspace of dca_backward, laid out from `memory` on, and its size: without memory it tells the size alone. The
-// memory starts on a multiple of 256 bytes and holds nothing yet. deterministic: dq is summed in a fixed order.
-BackwardWorkspace backward_workspace(const BackwardParams& params, bool deterministic, void* memory, size_t* bytes);
+// The workspace of dca_backward, in bytes; it starts on a multiple of 256 bytes and holds nothing yet. deterministic: dq
+// is summed in a fixed order.
+size_t backward_workspace_bytes(const BackwardParams& params, bool deterministic);
 
 // Keys may be raw. Until the end dq holds rotated queries and dk rotated keys, so neither may overlap another tensor.
-const char* dca_backward(const BackwardParams& params, const BackwardWorkspace& workspace, void* stream);
+// Long calls take streams of their own as well, which begin and end with `stream`.
+const char* dca_backward(const BackwardParams& params, bool deterministic, void* workspace, void* stream);
 
 // The workspace of dca_decode, laid out from `memory` on, and its size: without memory it tells the size alone. The
 // memory starts on a multiple of 256 bytes and holds nothing yet. The size depends on shapes and the device alone.
@@ -50,7 +51,7 @@ DecodeWorkspace decode_workspace(const DecodeParams& params, void* memory, size_
 // that captured the call may be replayed with others.
 const char* dca_decode(const DecodeParams& params, const DecodeWorkspace& workspace, void* stream);
 
-// The workspace of select, as backward_workspace lays out its own.
+// The workspace of select, as decode_workspace lays out its own.
 SelectWorkspace select_workspace(const SelectParams& params, void* memory, size_t* bytes);
 
 const char* select(const SelectParams& params, const SelectWorkspace& workspace, void* stream);

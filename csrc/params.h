@@ -160,7 +160,7 @@ struct BackwardWorkspace {
   float* delta;              // as softmax_lse: rowsum(dout * out)
   int* turns;                // [planes, turns_per_plane]: whose turn it is to add to dq; null when order is free
   int turns_per_plane;       // at least the query tiles of a head
-  void* zeroed;              // turns and the succ queries of a plain batch, which start at zero
+  void* zeroed;              // turns, the succ queries of a plain batch and every dq, which start at zero
   size_t zeroed_bytes;
   SequenceTiles* sequence_tiles;  // [batch + 1], of packed sequences; else null
   bool dk_rotated;                // dk is wanted with respect to rotated keys: they arrived so

@@ -156,6 +156,14 @@ def check_gradients(
         assert_within_rule(ours, exact, _worse(torchs, shifted, exact), name, terms=terms)
 
 
+def assert_same_gradients(ours, theirs) -> None:
+    """dq to what another order of its sum changes, dk and dv bitwise."""
+    dq, expected = ours[0].float(), theirs[0].float()
+    assert ((dq - expected).abs() <= 2.0**-6 * expected.abs() + 2.0**-9 * expected.abs().max()).all()
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        assert torch.equal(a, b)
+
+
 def _dlogits(out: Tensor, dout: Tensor, options: dict) -> float:
     """Magnitude of the terms of delta, times what the logits are multiplied by."""
     scale = out.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]

@@ -1,8 +1,10 @@
 """Gradients of dca against those autograd finds for the float64 oracle, on every device."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from cases import Case, check_backward, dtypes, gradients
+from cases import Case, assert_same_gradients, check_backward, dtypes, gradients
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from test_dca_forward import LONG, ZERO_SIZES, inside_larger, random_cases, transposed, with_row_gaps
@@ -173,22 +175,111 @@ def test_deterministic_follows_torch_unless_said(device, asked, default):
     assert called == [("chunkattn::dca", expected), ("chunkattn::dca_backward", expected)]
 
 
-def test_cuda_workspace(cuda):
-    # What the kernels use beyond the gradients: less than three float32 tensors of the size of q.
-    case = Case(seqlen_q=8192, batch=1, heads=4, kv_heads=4, head_dim=128, chunk_size=3072, local_size=512)
-    q, k, v = case.inputs(cuda, torch.bfloat16)
-    options = case.options(cuda)
-    for deterministic in (False, True):
-        arguments = (*options.values(),)[:-1]
+def workspace_of(q, k, v, arguments, deterministic) -> int:
+    """What dca_backward allocates beside the gradients, in bytes."""
+    out, lse = torch.ops.chunkattn.dca(q, k, v, *arguments)
+    dout = random_dout(q)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grads = torch.ops.chunkattn.dca_backward(dout, q, k, v, out, lse, *arguments, deterministic)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in grads)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("heads", "dqs"), [(4, 3), (40, 1.5)])
+def test_cuda_workspace(cuda, heads, dqs, deterministic):
+    # In float32 tensors of the size of q. 40 heads are worked on in groups, unless additions to dq have an order.
+    case = Case(seqlen_q=8192, batch=1, heads=heads, kv_heads=4, head_dim=128, chunk_size=3072, local_size=512)
+    arguments = (*case.options(cuda).values(),)[:-1]
+    used = workspace_of(*case.inputs(cuda, torch.bfloat16), arguments, deterministic)
+    assert used < (3 if deterministic else dqs) * 4 * case.seqlen_q * heads * case.head_dim
+
+
+# Work enough for more than one group of heads.
+LONG_CALLS = [
+    Case(seqlen_q=8192, batch=1, heads=16, kv_heads=4, head_dim=128, chunk_size=3072, local_size=512),
+    Case(seqlen_q=6000, batch=1, heads=34, kv_heads=17, head_dim=128, chunk_size=2000, local_size=300, k_rotated=True),
+    Case(seqlen_q=8000, batch=3, heads=6, kv_heads=6, head_dim=128, chunk_size=3072, temperature=(0.5, 1.0, 1.5)),
+    Case(seqlen_q=4096, seqlen_k=12000, batch=2, heads=16, kv_heads=4, head_dim=64, chunk_size=5000, local_size=40),
+    Case(seqlen_q=8192, batch=1, heads=8, kv_heads=8, head_dim=256, chunk_size=1000, local_size=200, q_rotated=True),
+]
+
+
+def random_call(case: Case, device: torch.device, data_seed: int = 0) -> list[torch.Tensor]:
+    """q, k, v and dout, drawn on the device: these are large."""
+    generator = torch.Generator(device).manual_seed(data_seed)
+    queries = (case.batch, case.seqlen_q, case.heads, case.head_dim)
+    keys = (case.batch, case.seqlen_k or case.seqlen_q, case.kv_heads, case.head_dim)
+    shapes = (queries, keys, keys, queries)
+    return [torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for shape in shapes]
+
+
+@pytest.mark.parametrize("case", LONG_CALLS, ids=str)
+def test_groups_of_heads_do_not_meet(device, case):
+    if device.type == "cpu":
+        pytest.skip("groups are worked on at once on a GPU")
+    options = case.options(device)
+    q, k, v, dout = random_call(case, device)
+    together = gradients(chunkattn.dca, (q, k, v), dout, options)
+    ratio = case.heads // case.kv_heads
+    temperature = options.pop("temperature")
+    for batch in range(case.batch):
+        for head in range(case.kv_heads):
+            rows, own, shared = slice(batch, batch + 1), slice(ratio * head, ratio * (head + 1)), slice(head, head + 1)
+            alone = gradients(
+                chunkattn.dca,
+                (q[rows, :, own], k[rows, :, shared], v[rows, :, shared]),
+                dout[rows, :, own],
+                {**options, "temperature": None if temperature is None else temperature[rows]},
+            )
+            parts = [x[rows, :, heads] for x, heads in zip(together, (own, shared, shared), strict=True)]
+            assert_same_gradients(parts, alone)
+
+
+def test_groups_of_heads_in_a_cuda_graph(cuda):
+    case = LONG_CALLS[0]
+    arguments = (*case.options(cuda).values(),)[:-1]
+    inputs = random_call(case, cuda)
+
+    def run():
+        q, k, v, dout = inputs
         out, lse = torch.ops.chunkattn.dca(q, k, v, *arguments)
-        dout = random_dout(q)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        grads = torch.ops.chunkattn.dca_backward(dout, q, k, v, out, lse, *arguments, deterministic)
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in grads)
-        assert peak < 3 * 4 * q.numel()
+        return torch.ops.chunkattn.dca_backward(dout, q, k, v, out, lse, *arguments)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for data_seed in (1, 2):
+        for x, fresh in zip(inputs, random_call(case, cuda, data_seed), strict=True):
+            x.copy_(fresh)
+        graph.replay()
+        assert_same_gradients(captured, run())
+
+
+def test_groups_of_heads_wait_for_the_callers_stream(cuda):
+    case = LONG_CALLS[0]
+    options = case.options(cuda)
+    q, k, v, dout = random_call(case, cuda)
+    expected = gradients(chunkattn.dca, (q, k, v), dout * 2, options)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+
+    def run(stream, repeats=3):
+        with torch.cuda.stream(stream):
+            for _ in range(repeats):
+                torch.cuda._sleep(20_000_000)
+                # dout is late, and gone when the op returns; its memory is written by what follows.
+                results = gradients(chunkattn.dca, (q, k, v), dout * 2, options)
+                torch.full_like(dout, float("nan"))
+        return results
+
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    with ThreadPoolExecutor() as pool:
+        for results in pool.map(run, streams):
+            torch.cuda.synchronize()
+            assert_same_gradients(results, expected)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])

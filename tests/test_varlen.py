@@ -3,7 +3,7 @@
 import pytest
 import torch
 from caches import assert_lse_within_rule
-from cases import Case, check_gradients, dtypes, gradients, skip_without_kernels
+from cases import Case, assert_same_gradients, check_gradients, dtypes, gradients, skip_without_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_within_rule
@@ -275,6 +275,22 @@ def test_graph_replays_with_other_lengths(device):
         torch.cuda.synchronize()
         for replayed, now in zip(results, run(), strict=True):
             assert torch.equal(replayed, now)
+
+
+def test_groups_of_heads_do_not_meet(device):
+    if device.type == "cpu":
+        pytest.skip("groups are worked on at once on a GPU")
+    # Work enough for two groups of heads.
+    case = Case(batch=1, heads=20, kv_heads=5, head_dim=128, chunk_size=3072, local_size=512)
+    qkv, packing, options = packed_call(case, device, torch.bfloat16, (9000, 1, (1000, 4000), 2999))
+    dout = random_dout(qkv[0])
+    together = gradients(chunkattn.dca_varlen, qkv, dout, {**packing, **options})
+    for head in range(case.kv_heads):
+        own, shared = slice(4 * head, 4 * (head + 1)), slice(head, head + 1)
+        parts = [x[:, heads] for x, heads in zip(qkv, (own, shared, shared), strict=True)]
+        alone = gradients(chunkattn.dca_varlen, parts, dout[:, own], {**packing, **options})
+        same = [x[:, heads] for x, heads in zip(together, (own, shared, shared), strict=True)]
+        assert_same_gradients(same, alone)
 
 
 def test_wrong_offsets_on_cuda_stay_inside(device):

@@ -63,17 +63,13 @@ const char* forward_fastest(const Arguments& arguments, void* stream) {
 }
 
 size_t backward_scratch_bytes(const Arguments& arguments) {
-  size_t bytes = 0;
-  if constexpr (kBuiltWithCuda) cuda::backward_workspace(arguments.backward, false, nullptr, &bytes);
-  return bytes;
+  return kBuiltWithCuda ? cuda::backward_workspace_bytes(arguments.backward, false) : 0;
 }
 
 const char* backward_cuda(const char* kernel, const Arguments& arguments, void* stream) {
   if constexpr (kBuiltWithCuda) {
     if (const char* const failure = cuda::force_kernel(kernel)) return failure;
-    size_t bytes = 0;
-    const BackwardWorkspace workspace = cuda::backward_workspace(arguments.backward, false, arguments.scratch, &bytes);
-    return cuda::dca_backward(arguments.backward, workspace, stream);
+    return cuda::dca_backward(arguments.backward, false, arguments.scratch, stream);
   }
   return kNoCuda;
 }

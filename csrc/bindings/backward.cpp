@@ -38,12 +38,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_on_cuda(const DcaArguments& argument
   if (gradients.empty) return gradients.as_tuple();
 
   const BackwardParams params = backward_params(arguments, dout, out, softmax_lse, gradients);
-  size_t bytes = 0;
-  cuda::backward_workspace(params, deterministic, nullptr, &bytes);
-  const Tensor memory = new_workspace(q, bytes);
-  const BackwardWorkspace workspace =
-      cuda::backward_workspace(params, deterministic, memory.mutable_data_ptr(), &bytes);
-  throw_if_failed(cuda::dca_backward(params, workspace, current_cuda_stream(q.get_device_index())));
+  const Tensor workspace = new_workspace(q, cuda::backward_workspace_bytes(params, deterministic));
+  throw_if_failed(cuda::dca_backward(params, deterministic, workspace.mutable_data_ptr(),
+                                     current_cuda_stream(q.get_device_index())));
   return gradients.as_tuple();
 }
 #endif

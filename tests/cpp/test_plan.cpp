@@ -109,16 +109,17 @@ void test_workspace(const AttentionShape& shape, int total_q, bool rotated, bool
     if (&regime != workspace.regimes) add(regime.q, 2 * row * regime.rows);
   }
   add(workspace.delta, size_t{4} * shape.heads * queries);
-  for (const RegimeQueries& regime : workspace.regimes) {
-    const GradientPieces in_pieces{regime.rows, shape.head_dim};
-    CHECK(in_pieces.plane() >= int64_t{1} * regime.rows * shape.head_dim, "rows ", regime.rows);
-    const bool any = &regime == workspace.regimes || shape.seqlen_k > params.forward.geometry.chunk_size;
-    if (total_q > 0) CHECK(regime.rows == (any ? total_q : 0), "rows ", regime.rows);
-  }
   const auto is_zeroed = [&](const void* piece, size_t size) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(piece), zeroed = reinterpret_cast<uintptr_t>(workspace.zeroed);
     return begin >= zeroed && begin + size <= zeroed + workspace.zeroed_bytes;
   };
+  for (const RegimeQueries& regime : workspace.regimes) {
+    const GradientPieces in_pieces{regime.rows, shape.head_dim};
+    CHECK(in_pieces.plane() >= int64_t{1} * regime.rows * shape.head_dim, "rows ", regime.rows);
+    CHECK(is_zeroed(regime.dq, 4 * planes * in_pieces.plane()), "rows ", regime.rows);
+    const bool any = &regime == workspace.regimes || shape.seqlen_k > params.forward.geometry.chunk_size;
+    if (total_q > 0) CHECK(regime.rows == (any ? total_q : 0), "rows ", regime.rows);
+  }
   const RegimeQueries& succ = workspace.regimes[1];
   if (total_q == 0) CHECK(is_zeroed(succ.q, 2 * row * succ.rows), "rows ", succ.rows);
   if (deterministic) {

@@ -148,9 +148,9 @@ const char* launch_round_key_gradients(const BackwardParams& params, const KeyGr
 }
 
 const char* launch_finish(const BackwardParams& params, const BackwardWorkspace& workspace,
-                          const BackwardVectorPaths& vectorized, cudaStream_t stream) {
+                          const BackwardVectorPaths& vectorized, int most_blocks, cudaStream_t stream) {
   const auto launch = [&](auto kernel) {
-    return launch_over_rows(kernel, params, workspace, vectorized.finish, stream);
+    return launch_over_rows(kernel, params, workspace, vectorized.finish, most_blocks, stream);
   };
   if (params.forward.dtype == DataType::kBFloat16) {
     return workspace.dq_in_pieces ? launch(&finish_kernel<BFloat16, true>) : launch(&finish_kernel<BFloat16, false>);

@@ -11,11 +11,15 @@
 
 namespace chunkattn::cuda {
 
-// Each returns null, or a sentence that says what failed.
+// Each returns null, or a sentence that says what failed. The steps around the main loop have at most so many thread
+// blocks, for each batch entry.
+
+// Clears what workspace.zeroed says.
+const char* launch_clear(const BackwardWorkspace& workspace, int most_blocks, cudaStream_t stream);
 
 // Writes delta and the rotated queries.
 const char* launch_prepare(const BackwardParams& params, const BackwardWorkspace& workspace,
-                           const BackwardVectorPaths& vectorized, cudaStream_t stream);
+                           const BackwardVectorPaths& vectorized, int most_blocks, cudaStream_t stream);
 
 // Writes dk and dv, and adds to the regimes' dq, which must be zero.
 template <typename T, int kHeadDim>
@@ -43,7 +47,7 @@ const char* launch_region_backward_sm90(const BackwardParams& params, const Back
 
 // Writes dq, the sum of the regimes' rotated back. workspace.dq_in_pieces is true behind launch_backward_sm80.
 const char* launch_finish(const BackwardParams& params, const BackwardWorkspace& workspace,
-                          const BackwardVectorPaths& vectorized, cudaStream_t stream);
+                          const BackwardVectorPaths& vectorized, int most_blocks, cudaStream_t stream);
 
 // Writes dk and dv, the sums rounded.
 const char* launch_round_key_gradients(const BackwardParams& params, const KeyGradientSums& sums, cudaStream_t stream);

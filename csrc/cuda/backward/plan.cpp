@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda/backward/gradient_pieces.h"
+#include "cuda/backward/groups.h"
 #include "cuda/backward/tile_sizes.h"
 #include "cuda/common/carver.h"
 #include "cuda/common/tile_schedule.h"
@@ -108,12 +109,12 @@ BackwardWorkspace backward_workspace(const BackwardParams& params, bool determin
   }
   // succ of a plain batch has rows without a query behind the last one. Kernels that copy whole tiles read them.
   if (!forward.packed()) take_queries(workspace.regimes[1]);
-  workspace.zeroed_bytes = carver.used();
-  if (forward.packed()) take_queries(workspace.regimes[1]);
-  take_queries(workspace.regimes[2]);
   for (RegimeQueries& regime : workspace.regimes) {
     regime.dq = carver.take<float>(planes * GradientPieces{regime.rows, shape.head_dim}.plane());
   }
+  workspace.zeroed_bytes = carver.used();
+  if (forward.packed()) take_queries(workspace.regimes[1]);
+  take_queries(workspace.regimes[2]);
   workspace.delta = carver.take<float>(planes * forward.rows_q());
   if (forward.packed()) workspace.sequence_tiles = carver.take<SequenceTiles>(shape.batch + 1);
   workspace.regimes[0].q = forward.q_rotated ? forward.q : params.dq;
@@ -121,6 +122,22 @@ BackwardWorkspace backward_workspace(const BackwardParams& params, bool determin
   workspace.dk_rotated = forward.k_rotated;
   *bytes = carver.used();
   return workspace;
+}
+
+size_t group_workspace_bytes(const BackwardParams& params, const HeadGroups& groups, bool deterministic) {
+  size_t most = 0;
+  for (int group = 0; group < groups.count(); ++group) {
+    size_t bytes = 0;
+    backward_workspace(params_of_group(params, groups, group), deterministic, nullptr, &bytes);
+    most = bytes > most ? bytes : most;
+  }
+  return most;
+}
+
+size_t backward_workspace_bytes(const BackwardParams& params, bool deterministic) {
+  const HeadGroups groups = head_groups(params.forward, deterministic);
+  const int workspaces = groups.count() < kGroupWorkspaces ? groups.count() : kGroupWorkspaces;
+  return workspaces * group_workspace_bytes(params, groups, deterministic);
 }
 
 }  // namespace chunkattn::cuda

@@ -31,14 +31,6 @@ struct PreparedRow {
   }
 };
 
-// By the lanes of a row together: what a warp stores at once then lies together.
-__device__ __forceinline__ void clear_row(const GradientRow& gradient, int head_dim, int lane, int lanes) {
-  constexpr int kColumns = 4;
-  for (int d = lane * kColumns; d < head_dim; d += lanes * kColumns) {
-    *reinterpret_cast<float4*>(gradient.chunk(d) + d % kChunk) = float4{0.f, 0.f, 0.f, 0.f};
-  }
-}
-
 template <typename T>
 __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
   float x[kChunk], y[kChunk];
@@ -99,10 +91,6 @@ __global__ void __launch_bounds__(kRowThreads)
                                place.of(static_cast<const T*>(forward.q), forward.q_strides),
                                place.of(static_cast<const T*>(forward.out), forward.out_strides),
                                place.of(static_cast<const T*>(params.dout), params.dout_strides)};
-      for_each_regime(params, workspace, place, [&](Regime regime, int regime_row) {
-        clear_row(gradient_row(params, workspace, place, regime, regime_row), forward.shape.head_dim, place.unit,
-                  lanes);
-      });
       delta = vectorized ? prepare_unit(row, place.unit) : prepare_elements(row, place.unit);
     }
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
@@ -114,13 +102,28 @@ __global__ void __launch_bounds__(kRowThreads)
   });
 }
 
+constexpr int kClearThreads = 256;
+
+__global__ void __launch_bounds__(kClearThreads) clear_kernel(uint4* memory, int64_t count) {
+  for (int64_t i = int64_t{blockIdx.x} * kClearThreads + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * kClearThreads) {
+    memory[i] = {0, 0, 0, 0};
+  }
+}
+
 }  // namespace
 
+const char* launch_clear(const BackwardWorkspace& workspace, int most_blocks, cudaStream_t stream) {
+  const int64_t count = static_cast<int64_t>(workspace.zeroed_bytes / sizeof(uint4));
+  return launch_strided(&clear_kernel, (count + kClearThreads - 1) / kClearThreads, most_blocks, 1, kClearThreads,
+                        stream, static_cast<uint4*>(workspace.zeroed), count);
+}
+
 const char* launch_prepare(const BackwardParams& params, const BackwardWorkspace& workspace,
-                           const BackwardVectorPaths& vectorized, cudaStream_t stream) {
+                           const BackwardVectorPaths& vectorized, int most_blocks, cudaStream_t stream) {
   return params.forward.dtype == DataType::kBFloat16
-             ? launch_over_rows(&prepare_kernel<BFloat16>, params, workspace, vectorized.prepare, stream)
-             : launch_over_rows(&prepare_kernel<Float16>, params, workspace, vectorized.prepare, stream);
+             ? launch_over_rows(&prepare_kernel<BFloat16>, params, workspace, vectorized.prepare, most_blocks, stream)
+             : launch_over_rows(&prepare_kernel<Float16>, params, workspace, vectorized.prepare, most_blocks, stream);
 }
 
 }  // namespace chunkattn::cuda

@@ -7,6 +7,7 @@
 #include "cuda/backward/gradient_pieces.h"
 #include "cuda/backward/gradient_rows.h"
 #include "cuda/backward/tile_sizes.h"
+#include "cuda/common/launch_strided.cuh"
 #include "cuda/common/packed_rows.h"
 #include "cuda/common/rotary.cuh"
 
@@ -43,11 +44,10 @@ struct RowOfThread {
   }
 };
 
-// Calls f(RowOfThread) for this thread's row of every batch entry; all lanes of a warp together.
+// Calls f(RowOfThread) for row `row` of every batch entry.
 template <typename Function>
-__device__ __forceinline__ void for_each_row(const ForwardParams& forward, int lanes, Function&& f) {
+__device__ __forceinline__ void for_each_entry(const ForwardParams& forward, int64_t row, int lanes, Function&& f) {
   const AttentionShape& shape = forward.shape;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / lanes) + threadIdx.x / lanes;
   const int64_t query = row / shape.heads;
   RowOfThread place{};
   place.query = static_cast<int>(query);
@@ -68,20 +68,26 @@ __device__ __forceinline__ void for_each_row(const ForwardParams& forward, int l
   }
 }
 
+// Calls f(RowOfThread) for this thread's rows; all lanes of a warp together.
+template <typename Function>
+__device__ __forceinline__ void for_each_row(const ForwardParams& forward, int lanes, Function&& f) {
+  const int64_t rows_per_block = kRowThreads / lanes;
+  const int64_t rows = static_cast<int64_t>(forward.rows_q()) * forward.shape.heads;
+  for (int64_t first = blockIdx.x * rows_per_block; first < rows; first += gridDim.x * rows_per_block) {
+    for_each_entry(forward, first + threadIdx.x / lanes, lanes, f);
+  }
+}
+
 // Launches kernel(params, workspace, lanes, vectorized) over all rows. Returns null, or what failed.
 template <typename Kernel>
 const char* launch_over_rows(Kernel kernel, const BackwardParams& params, const BackwardWorkspace& workspace,
-                             bool vectorized, cudaStream_t stream) {
+                             bool vectorized, int most_blocks, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;
   const int lanes = lanes_per_row(forward.shape.head_dim);
   const int64_t rows_per_block = kRowThreads / lanes;
   const int64_t rows = static_cast<int64_t>(forward.rows_q()) * forward.shape.heads;
-  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
-  if (blocks > INT32_MAX) return "q has too many elements for one launch";
-  const dim3 grid(static_cast<unsigned>(blocks), forward.entries() < 65535 ? forward.entries() : 65535);
-  kernel<<<grid, kRowThreads, 0, stream>>>(params, workspace, lanes, vectorized);
-  const cudaError_t status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return launch_strided(kernel, (rows + rows_per_block - 1) / rows_per_block, most_blocks, forward.entries(),
+                        kRowThreads, stream, params, workspace, lanes, vectorized);
 }
 
 // Calls f(regime, row in the tensors of the regime) for the regimes a query can be in.

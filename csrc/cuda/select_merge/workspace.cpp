@@ -55,8 +55,8 @@ SelectMergeBackwardWorkspace select_merge_backward_workspace(const SelectMergeBa
     keys.dk_turns = carver.take<int>(kv_planes);
     keys.dv_turns = carver.take<int>(kv_planes);
   }
-  queries.zeroed_bytes = carver.used();
   float* const dq = carver.take<float>(planes * GradientPieces{shape.seqlen_q, shape.head_dim}.plane());
+  queries.zeroed_bytes = carver.used();
   for (RegimeQueries& regime : queries.regimes) regime = {forward.q, forward.q_strides, dq, shape.seqlen_q};
   queries.delta = carver.take<float>(planes * shape.seqlen_q);
   workspace.lists = take_lists(carver, params.forward);
