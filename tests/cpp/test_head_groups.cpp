@@ -131,13 +131,15 @@ void test_rule() {
   CHECK(count_groups({1, 32768, 32768, 32, 32, 128}, true) == 1, "deterministic");
   CHECK(count_groups({1, 8192, 8192, 32, 32, 128}) == 4, "8k");
   CHECK(count_groups({1, 32768, 32768, 32, 32, 128}) == 8, "32k");
-  CHECK(count_groups({1, 32768, 32768, 32, 2, 128}) == 2, "two KV heads");
+  CHECK(count_groups({1, 32768, 32768, 32, 8, 128}) == 4, "eight KV heads");
+  CHECK(count_groups({1, 8192, 8192, 32, 16, 128}) == 2, "the first long call of tests/test_dca_backward.py");
+  CHECK(count_groups({1, 32768, 32768, 32, 2, 128}) == 1, "two KV heads");
   CHECK(count_groups({1, 131072, 131072, 1, 1, 128}) == 1, "one head");
   CHECK(count_groups({2, 32768, 32768, 32, 32, 128}) == 8, "two rows");
   CHECK(count_groups({64, 8192, 8192, 32, 32, 128}) == 8, "many rows");
   CHECK(count_groups({3, 32768, 32768, 5, 5, 128}) == 9, "three rows");
   BackwardParams packed = make_call({16, 8192, 8192, 32, 8, 128}, 40000);
-  CHECK(head_groups(packed.forward, false).count() == 8, "packed");
+  CHECK(head_groups(packed.forward, false).count() == 4, "packed");
   packed = make_call({16, 1 << 30, 1 << 30, 32, 8, 128}, 400);
   CHECK(head_groups(packed.forward, false).count() == 1, "packed, a maximum far above the lengths");
   packed.forward.shape.batch = 0;
@@ -153,12 +155,12 @@ void test_rule() {
   }
 }
 
-// From a call of several groups on the workspace is smaller than a float32 tensor of dQ's shape.
+// Where a call is eight groups the workspace is smaller than a float32 tensor of dQ's shape.
 void test_workspace() {
   for (const AttentionShape& shape : {AttentionShape{1, 16384, 16384, 32, 32, 128},
-                                      {1, 32768, 32768, 32, 8, 128},
+                                      {1, 65536, 65536, 32, 8, 128},
                                       {1, 131072, 131072, 32, 8, 64},
-                                      {2, 16384, 16384, 16, 4, 256}}) {
+                                      {8, 16384, 16384, 16, 4, 256}}) {
     const BackwardParams call = make_call(shape, 0);
     const double dq = 4.0 * shape.batch * shape.seqlen_q * shape.heads * shape.head_dim;
     const double bytes = static_cast<double>(chunkattn::cuda::backward_workspace_bytes(call, false));
