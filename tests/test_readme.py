@@ -167,6 +167,9 @@ def test_backward_in_long_rounds():
     assert f"and {ratios['composed-fa3']} of DCA composed of FlashAttention-3's calls." in page
     fa3, calls = ratios["fa3"], ratios["composed-fa3"]
     assert f"the backward runs at {fa3} of FlashAttention-3's rate and {calls} of its calls'." in text
+    memory = measured_rows("backward_32k", "impl", unit="workspace_mib")
+    mib = [f"{memory[impl,]:,.0f}" for impl in ("chunkattn", "fa3", "composed-fa3")]
+    assert "it takes {} MiB, FlashAttention-3 {} and its calls {}.".format(*mib) in text
 
 
 def test_flex_attention():
