@@ -35,8 +35,8 @@ namespace cuda {
 const char* rotate_keys(const ForwardParams& params, void* rotated, const Strides& rotated_strides, void* stream);
 const char* dca_forward(const ForwardParams& params, void* stream);
 
-// The workspace of dca_backward, in bytes; it starts on a multiple of 256 bytes and holds nothing yet. deterministic: dq
-// is summed in a fixed order.
+// The workspace of dca_backward, in bytes; it starts on a multiple of 256 bytes and holds nothing yet. deterministic:
+// dq is summed in a fixed order.
 size_t backward_workspace_bytes(const BackwardParams& params, bool deterministic);
 
 // Keys may be raw. Until the end dq holds rotated queries and dk rotated keys, so neither may overlap another tensor.
