@@ -157,9 +157,10 @@ def check_gradients(
 
 
 def assert_same_gradients(ours, theirs) -> None:
-    """dq to what another order of its sum changes, dk and dv bitwise."""
+    """dq but for one ulp, which another order of its float32 sum may round away, dk and dv bitwise."""
     dq, expected = ours[0].float(), theirs[0].float()
-    assert ((dq - expected).abs() <= 2.0**-6 * expected.abs() + 2.0**-9 * expected.abs().max()).all()
+    summed = expected.abs().max() / 32  # what is left where terms cancel carries the noise of larger ones
+    assert ((dq - expected).abs() <= torch.finfo(ours[0].dtype).eps * (expected.abs() + summed)).all()
     for a, b in zip(ours[1:], theirs[1:], strict=True):
         assert torch.equal(a, b)
 

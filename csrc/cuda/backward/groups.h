@@ -29,16 +29,15 @@ inline double keys_per_query(const ForwardParams& forward) {
 // Where tiles add to dq in turns all heads are one group: the more there are, the less a tile waits for another.
 inline HeadGroups head_groups(const ForwardParams& forward, bool in_turns) {
   constexpr double kMost = 8;
-  constexpr double kLeastWork = 3e11;  // floating-point operations: half a millisecond, beside which a launch is short
-  constexpr double kLeastTiles = 512;  // of keys: so many that long and short ones even out on all multiprocessors
-  constexpr double kTileKeys = 128;
+  constexpr double kLeastWork = 3e11;   // floating-point operations: half a millisecond, beside which a launch is short
+  constexpr double kLeastKeys = 65536;  // of all KV heads: tiles enough that long and short ones even out
   const AttentionShape& shape = forward.shape;
   const int entries = std::max(1, forward.entries());
   const double work =
       10.0 * forward.planes() * forward.rows_q() * keys_per_query(forward) * shape.head_dim;  // five products
-  const double tiles = entries * shape.kv_heads * (forward.rows_k() / kTileKeys);
+  const double keys = 1.0 * entries * shape.kv_heads * forward.rows_k();
   const int wanted =
-      in_turns ? 1 : static_cast<int>(std::max(1.0, std::min({kMost, work / kLeastWork, tiles / kLeastTiles})));
+      in_turns ? 1 : static_cast<int>(std::max(1.0, std::min({kMost, work / kLeastWork, keys / kLeastKeys})));
   if (wanted <= entries) return {wanted, 1};
   return {entries, std::min(shape.kv_heads, (wanted + entries - 1) / entries)};
 }

@@ -8,7 +8,7 @@
 #include "cuda/common/device.h"
 #include "cuda/common/element_types.h"
 #include "cuda/common/packed_sequences.h"
-#include "cuda/common/rotated_keys.h"
+#include "cuda/common/rotate_keys.h"
 #include "cuda/common/side_streams.h"
 #include "group_attention.h"
 #include "kernels.h"

@@ -12,7 +12,7 @@
 namespace chunkattn::cuda {
 
 // Each returns null, or a sentence that says what failed. The steps around the main loop have at most so many thread
-// blocks, for each batch entry.
+// blocks.
 
 // Clears what workspace.zeroed says.
 const char* launch_clear(const BackwardWorkspace& workspace, int most_blocks, cudaStream_t stream);

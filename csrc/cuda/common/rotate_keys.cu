@@ -6,7 +6,7 @@
 #include "cuda/common/launch_strided.cuh"
 #include "cuda/common/packed_rows.h"
 #include "cuda/common/rotary.cuh"
-#include "cuda/common/rotated_keys.h"
+#include "cuda/common/rotate_keys.h"
 #include "kernels.h"
 
 namespace chunkattn::cuda {

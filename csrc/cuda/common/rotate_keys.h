@@ -7,7 +7,7 @@
 
 namespace chunkattn::cuda {
 
-// rotate_keys of kernels.h, by at most so many thread blocks for each batch entry. Returns null, or what failed.
+// rotate_keys of kernels.h, by at most so many thread blocks. Returns null, or what failed.
 const char* launch_rotate_keys(const ForwardParams& params, void* rotated, const Strides& rotated_strides,
                                int most_blocks, cudaStream_t stream);
 
