@@ -3,7 +3,11 @@
 //
 // The consumer warpgroups each own 64 keys. They compute S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are
 // already the a operands of dV += P^T dO and dK += dS^T Q and stay in registers; only dS goes through shared memory,
-// for dQ = dS K, of which every warpgroup computes a part.
+// for dQ = dS K, of which every warpgroup computes a part, from the dS of both.
+//
+// Either the warpgroups meet at each tile when they have stored their dS. Or (kDelayed) dQ is made while the next tile
+// is worked on: then neither waits for the other unless it is a tile ahead, and one has the tensor cores while the
+// other makes P and dS.
 #pragma once
 
 #include "cuda/backward/backward_sm90_block.cuh"
@@ -17,12 +21,10 @@ struct BackwardSm90 {
   using Operand = typename Block::Operand;
   using KeyGradients = typename Block::KeyGradients;
   using QueryGradients = typename Block::QueryGradients;
+  using Statistics = typename Block::Statistics;
   static_assert(Block::kTileN == Block::kConsumers * 64);
 
-  // dV += P^T dO can start before dS is known where registers hold P twice, as it is and rounded.
-  static constexpr bool kEarlyValues = Block::kTileM == 64;
-
-  static constexpr int kQueryArrivals = Block::kConsumers * (4 + 1);
+  static constexpr int kQueryArrivals = Block::kConsumers * 4;
   static constexpr int kDoutArrivals = Block::kConsumers * 4;
 
   const Block& block;
@@ -32,12 +34,90 @@ struct BackwardSm90 {
   }
 
   __device__ __forceinline__ void add_query_gradients(int warpgroup) const {
-    block.add_query_gradients(
-        warpgroup, [&](int /*stage*/) { return dq_part(warpgroup); },
-        [&](int stage) { Block::arrive_warp(block.control.query_empty + stage, threadIdx.x); });
+    block.add_query_gradients(warpgroup, [&](int /*stage*/) { return dq_part(warpgroup); }, [](int /*stage*/) {});
+  }
+
+  __device__ __forceinline__ void store_query_gradients(const QueryGradients& dq, int warpgroup, int thread) const {
+    Block::wait_part_free(warpgroup);
+    Block::store_part(dq, dq_part(warpgroup), thread);
+    Block::pass_part_on(warpgroup);
   }
 
   __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int warpgroup) const {
+    auto& control = block.control;
+    const float scale_log2 = logit_scale(block.params.forward, block.own.batch) * kLog2E;
+    const int thread = Block::warpgroup_thread();
+    const int key_row = warpgroup * 64 + thread / 32 * 16;
+    const uint32_t ds_row = Block::ds_row(block.ds_tile(0), key_row, thread);
+    Ring<Block::kStages> ring;
+    ptx::mbarrier_wait(&control.keys_full, 0);
+    block.clear_missing_keys(threadIdx.x - (Block::kThreads - Block::kConsumerThreads));
+    ring.wait_full(control.query_full);
+    Logits p, ds;
+    typename Block::PerQuery lse_log2;
+    start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
+    ptx::wgmma_wait<0>();
+    ptx::pin(p);
+#pragma unroll 1
+    for (bool more = true; more;) {
+      const Statistics& statistics = control.statistics[ring.index];
+      const bool masked = statistics.masked;
+      ring.wait_full(control.dout_full);
+      start_rows_by_rows<T>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(ring.index));
+      Block::load_per_query(lse_log2, statistics.lse_log2, thread);  // there are no registers to keep it in
+      if (masked) block.hide_keys(p, statistics.tile, key_row);
+      Block::exponentiate(p, lse_log2, scale_log2);
+      ptx::pin(p);
+      // ptxas moves a wait up over arithmetic that does not need it, but not over the branches of a wait for a barrier.
+      Ring<Block::kStages> next = ring;
+      next.advance();
+      next.wait_full(control.query_full);
+      more = control.statistics[next.index].plane >= 0;
+      ptx::wgmma_wait<0>();
+      ptx::pin(ds);
+      Operand p_operand, ds_operand;
+      Block::round(p_operand, p);
+      Block::subtract_delta(ds, statistics, thread);
+      Block::differentiate(ds_operand, p, ds);
+      start_operand_by_rows<T>(dv[0], p_operand, block.dout_tile(ring.index));
+      Block::sync_consumers();  // everybody has read the dS before
+      Block::store_ds(ds_row, ds_operand);
+      ptx::fence_async_proxy();
+      Block::sync_consumers();
+      QueryGradients dq;
+      Block::start_query_gradients(dq, block.ds_tile(0), block.k_tile(), warpgroup);
+      start_operand_by_rows<T>(dk[0], ds_operand, block.q_tile(ring.index));
+      ptx::mbarrier_arrive(control.statistics_empty + ring.index);
+      ptx::wgmma_wait<2>();
+      ptx::pin(dv[0]);
+      Block::arrive_warp(control.dout_empty + ring.index, thread);
+      ptx::wgmma_wait<1>();
+      ptx::pin(dq[0]);
+      store_query_gradients(dq, warpgroup, thread);
+      // Behind the last tile the next S is of no use and does no harm.
+      start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(next.index));
+      ptx::wgmma_wait<0>();
+      ptx::pin(dk[0]);
+      ptx::pin(p);
+      Block::arrive_warp(control.query_empty + ring.index, thread);
+      ring = next;
+    }
+  }
+
+  // A warpgroup has stored its part of dS in a buffer, and finished with the dS of the other one: + 2 * warpgroup +
+  // buffer.
+  static constexpr int kDifferencesBarrier = 4;
+  static __device__ __forceinline__ void pass_differences_on(int warpgroup, int buffer) {
+    ptx::named_barrier_arrive(kDifferencesBarrier + 2 * warpgroup + buffer, Block::kConsumerThreads);
+  }
+
+  // Starts this warpgroup's part of dQ of the tile whose dS is in the buffer, once the other one has stored it.
+  __device__ __forceinline__ void start_query_gradients(QueryGradients& dq, int buffer, int warpgroup) const {
+    ptx::named_barrier_sync(kDifferencesBarrier + 2 * (1 - warpgroup) + buffer, Block::kConsumerThreads);
+    Block::start_query_gradients(dq, block.ds_tile(buffer), block.k_tile(), warpgroup);
+  }
+
+  __device__ __forceinline__ void accumulate_delayed(KeyGradients& dk, KeyGradients& dv, int warpgroup) const {
     auto& control = block.control;
     const float scale_log2 = logit_scale(block.params.forward, block.own.batch) * kLog2E;
     const int thread = Block::warpgroup_thread();
@@ -48,63 +128,44 @@ struct BackwardSm90 {
     ptx::mbarrier_wait(&control.keys_full, 0);
     block.clear_missing_keys(threadIdx.x - (Block::kThreads - Block::kConsumerThreads));
     ring.wait_full(control.query_full);
+    Logits p, ds;
     // A tile's statistics are read before its own products start: what a warp loads from shared memory comes behind the
     // operands of the products it has started. Delta is where dP is to be: dP - delta costs nothing then.
-    Logits p, ds;
     typename Block::PerQuery lse_log2;
-    if constexpr (kEarlyValues) {
-      Block::load_per_query(lse_log2, control.statistics[0].lse_log2, thread);
-      Block::set_minus_delta(ds, control.statistics[0], thread);
-    } else {
-      start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
-      ptx::wgmma_wait<0>();
-      ptx::pin(p);
-    }
+    Block::load_per_query(lse_log2, control.statistics[0].lse_log2, thread);
+    Block::set_minus_delta(ds, control.statistics[0], thread);
+    // With the first tile comes the dQ of none: whatever lies in the other buffer, and nobody adds it.
+    pass_differences_on(warpgroup, 1);
 #pragma unroll 1
     for (bool more = true; more;) {
-      const typename Block::Statistics& statistics = control.statistics[ring.index];
+      const Statistics& statistics = control.statistics[ring.index];
       const bool masked = statistics.masked;
-      if constexpr (kEarlyValues) {
-        ptx::pin(ds);
-        start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
-      }
+      ptx::pin(ds);
+      start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
       ring.wait_full(control.dout_full);
-      start_rows_by_rows<T, kEarlyValues>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(ring.index));
-      if constexpr (kEarlyValues) {
-        ptx::wgmma_wait<1>();
-        ptx::pin(p);
-      } else {
-        Block::load_per_query(lse_log2, statistics.lse_log2, thread);  // there are no registers to keep it in
-      }
+      start_rows_by_rows<T, true>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(ring.index));
+      ptx::wgmma_wait<1>();
+      ptx::pin(p);
       if (masked) block.hide_keys(p, statistics.tile, key_row);
       Block::exponentiate(p, lse_log2, scale_log2);
       Operand p_operand, ds_operand;
-      if constexpr (kEarlyValues) {
-        Block::round(p_operand, p);
-        start_operand_by_rows<T>(dv[0], p_operand, block.dout_tile(ring.index));
-      } else {
-        ptx::pin(p);
-      }
+      Block::round(p_operand, p);
+      start_operand_by_rows<T>(dv[0], p_operand, block.dout_tile(ring.index));
+      // P gives way to dQ: dS is made of what P was rounded to.
+      QueryGradients dq;
+      start_query_gradients(dq, buffer ^ 1, warpgroup);
       // ptxas moves a wait up over arithmetic that does not need it, but not over the branches of a wait for a barrier.
       Ring<Block::kStages> next = ring;
       next.advance();
       next.wait_full(control.query_full);
-      const typename Block::Statistics& next_statistics = control.statistics[next.index];
+      const Statistics& next_statistics = control.statistics[next.index];
       more = next_statistics.plane >= 0;
-      ptx::wgmma_wait<kEarlyValues ? 1 : 0>();
+      ptx::wgmma_wait<2>();
       ptx::pin(ds);
-      if constexpr (!kEarlyValues) Block::round(p_operand, p);
-      if constexpr (!kEarlyValues) Block::subtract_delta(ds, statistics, thread);
-      Block::differentiate(ds_operand, p, ds);
-      if constexpr (!kEarlyValues) start_operand_by_rows<T>(dv[0], p_operand, block.dout_tile(ring.index));
-      // Of two buffers of dS this one was read two tiles ago: everybody has passed the barrier below since.
-      if (Block::kLogitBuffers == 1) Block::sync_consumers();
+      Block::differentiate_rounded(ds_operand, p_operand, ds);
+      // The other warpgroup read what was in this buffer two tiles ago, and has passed on another dS since.
       Block::store_ds(ds_row + buffer * Block::LogitShared::kBytes, ds_operand);
       ptx::fence_async_proxy();
-      Block::sync_consumers();
-      QueryGradients dq;
-      Block::start_query_gradients(dq, block.ds_tile(buffer), block.k_tile(), warpgroup);
-      if (Block::kLogitBuffers == 2) buffer ^= 1;
       start_operand_by_rows<T>(dk[0], ds_operand, block.q_tile(ring.index));
       ptx::mbarrier_arrive(control.statistics_empty + ring.index);
       ptx::wgmma_wait<2>();
@@ -112,27 +173,31 @@ struct BackwardSm90 {
       Block::arrive_warp(control.dout_empty + ring.index, thread);
       ptx::wgmma_wait<1>();
       ptx::pin(dq[0]);
-      Block::wait_part_free(warpgroup);
-      Block::store_part(dq, dq_part(warpgroup), thread);
-      Block::pass_part_on(warpgroup);
-      // Behind the last tile the next S is of no use and does no harm; nor do its statistics.
-      if constexpr (kEarlyValues) {
-        Block::load_per_query(lse_log2, next_statistics.lse_log2, thread);
-        Block::set_minus_delta(ds, next_statistics, thread);
-      } else {
-        start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(next.index));
-      }
+      pass_differences_on(warpgroup, buffer);
+      buffer ^= 1;
+      store_query_gradients(dq, warpgroup, thread);
+      // Behind the last tile the statistics are of no use and do no harm.
+      Block::load_per_query(lse_log2, next_statistics.lse_log2, thread);
+      Block::set_minus_delta(ds, next_statistics, thread);
       ptx::wgmma_wait<0>();
       ptx::pin(dk[0]);
-      if constexpr (!kEarlyValues) ptx::pin(p);
       Block::arrive_warp(control.query_empty + ring.index, thread);
       ring = next;
     }
+    QueryGradients dq;
+    start_query_gradients(dq, buffer ^ 1, warpgroup);
+    ptx::wgmma_wait<0>();
+    ptx::pin(dq[0]);
+    store_query_gradients(dq, warpgroup, thread);
   }
 
   __device__ __forceinline__ void consume(int warpgroup, float* staging, const BackwardVectorPaths& vectorized) const {
     KeyGradients dk = {}, dv = {};
-    accumulate(dk, dv, warpgroup);
+    if constexpr (Block::kDelayed) {
+      accumulate_delayed(dk, dv, warpgroup);
+    } else {
+      accumulate(dk, dv, warpgroup);
+    }
     const typename Block::Staged staged{staging};
     static_assert(Block::Staged::kBytes <= Block::kTileBytes);
     const int thread = threadIdx.x - (Block::kThreads - Block::kConsumerThreads);

@@ -44,6 +44,7 @@ struct BackwardSm90Block {
   static constexpr int kBlockKeys = kTileN / kClusterSize;
   static constexpr int kStages = Sizes::kStages;
   static constexpr int kLogitBuffers = Sizes::kLogitBuffers;
+  static constexpr bool kDelayed = Sizes::kDelayed;
   static constexpr int kConsumers = 2;
   static constexpr int kConsumerThreads = kConsumers * 128;
   static constexpr int kThreads = kConsumerThreads + 128;
@@ -489,6 +490,14 @@ struct BackwardSm90Block {
     round(operand, ds);
   }
 
+  // The same from P as it was rounded.
+  static __device__ __forceinline__ void differentiate_rounded(Operand& operand, const Operand& p, Logits& ds) {
+    Logits weights;
+#pragma unroll
+    for (int step = 0; step < kTileM / 16; ++step) unround(weights, p[step], step);
+    differentiate(operand, weights, ds);
+  }
+
   // Where a thread's row of dS begins, of the warp's 16 keys from `key_row` on.
   static __device__ __forceinline__ uint32_t ds_row(const LogitShared& shared, int key_row, int thread) {
     const int lane = thread % 32;
@@ -541,13 +550,19 @@ struct BackwardSm90Block {
                             : Keys::kInSequences       ? workspace.turns_per_plane
                                                        : tiling().count();
     Ring<kStages> ring;
+    if constexpr (kDelayed) {
+      // The part that comes with the first tile belongs to none.
+      ptx::named_barrier_arrive(kPartFreeBarrier + warpgroup, kPartThreads);
+      ptx::named_barrier_sync(kPartFullBarrier + warpgroup, kPartThreads);
+    }
     while (true) {
       ptx::named_barrier_arrive(kPartFreeBarrier + warpgroup, kPartThreads);
       ring.wait_full(control.query_full);
       const Statistics& statistics = control.statistics[ring.index];
       if (statistics.plane < 0) return;
-      // With two stages those of the next tile but one are needed before this one's dQ.
-      constexpr bool kHeld = kStages == 2;
+      // With two stages those of the next tile but one are needed before this one's dQ, which may also come a tile
+      // late.
+      constexpr bool kHeld = kStages == 2 || kDelayed;
       const int plane = statistics.plane;
       std::conditional_t<kHeld, const AttendingTile, const AttendingTile&> tile = statistics.tile;
       if constexpr (kHeld) ptx::mbarrier_arrive(control.statistics_empty + ring.index);

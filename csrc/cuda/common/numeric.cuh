@@ -63,6 +63,11 @@ __device__ __forceinline__ float2 unpack2(uint32_t pair) {
   asm("mov.b32 {%0, %1}, %2;\n" : "=h"(low.bits), "=h"(high.bits) : "r"(pair));
   return {to_float(low), to_float(high)};
 }
+// The upper half of a float32. ptxas would take the halves apart before it shifts them.
+template <>
+__device__ __forceinline__ float2 unpack2<BFloat16>(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
 
 // 2^x in one instruction; 0 for x = -inf.
 __device__ __forceinline__ float exp2_approx(float x) {
