@@ -83,13 +83,13 @@ struct BackwardSm90Block {
   using Shifts = std::conditional_t<kDelayed, QueryShifts<kTileM>, NoShifts>;
 
   struct Control {
+    Shifts shifts;
     uint64_t keys_full;
     uint64_t query_full[kStages], query_empty[kStages];
     uint64_t dout_full[kStages], dout_empty[kStages];
     uint64_t statistics_empty[kStages];  // they are full with the queries
     uint64_t other_ds_full, ds_taken;    // of a cluster: backward_sm90_pair.cuh
     Statistics statistics[kStages];
-    Shifts shifts;
     int key_rows[Keys::kInRegions ? kTileN / 8 : 1];  // where the boxes of K and V lie that come one by one
     typename Keys::Work work;
   };

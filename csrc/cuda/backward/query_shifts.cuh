@@ -23,7 +23,9 @@ struct alignas(16) QueryShifts {
 
   uint4 minus[2][kCoreRows];  // columns 0 to 7 of a, by Which
   uint4 zeros[2][kCoreRows];  // the others
-  uint4 values[kStages][kRows];
+  // Core by core, those of the stages in turn: memcheck takes an operand for 2048 bytes in one piece, which end in
+  // shared memory so.
+  uint4 values[kRows / kCoreRows][kStages][kCoreRows];
   uint64_t empty[kStages];  // they are full with the queries
 
   // What S is multiplied by, never so near zero that lse / scale is more than bfloat16 can be.
@@ -44,14 +46,14 @@ struct alignas(16) QueryShifts {
   __device__ __forceinline__ void set(int stage, int row, float lse, float delta) {
     constexpr float kMost = 3e38f;  // with infinity the zeros of a would make NaN of dP
     const uint2 first = parts(lse > kMost ? kMost : lse), second = parts(delta);
-    values[stage][row] = {first.x, first.y, second.x, second.y};
+    values[row / kCoreRows][stage][row % kCoreRows] = {first.x, first.y, second.x, second.y};
   }
 
   // Starts d = -x, part of the group that is open: the product is added to it.
   __device__ __forceinline__ void start(float (&d)[kRows / 8][4], Which which, int stage) const {
     constexpr uint32_t kCoreBytes = kCoreRows * sizeof(uint4);
     const uint64_t a = ptx::descriptor_of_cores(ptx::shared_address(minus[which]), 2 * kCoreBytes, 0);
-    const uint64_t b = ptx::descriptor_of_cores(ptx::shared_address(values[stage]), 0, kCoreBytes);
+    const uint64_t b = ptx::descriptor_of_cores(ptx::shared_address(values[0][stage]), 0, kStages * kCoreBytes);
     ptx::Wgmma<BFloat16, kRows>::ss(d, a, b, false);
   }
 
