@@ -43,6 +43,16 @@ struct BackwardSm90 {
     Block::pass_part_on(warpgroup);
   }
 
+  // Behind the start of dK, the last of a tile's products: waits for dV and dQ, and gives the stage's dO back.
+  __device__ __forceinline__ void wait_but_for_keys(KeyGradients& dv, QueryGradients& dq, int stage, int thread) const {
+    ptx::mbarrier_arrive(block.control.statistics_empty + stage);
+    ptx::wgmma_wait<2>();
+    ptx::pin(dv[0]);
+    Block::arrive_warp(block.control.dout_empty + stage, thread);
+    ptx::wgmma_wait<1>();
+    ptx::pin(dq[0]);
+  }
+
   __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int warpgroup) const {
     auto& control = block.control;
     const float scale_log2 = logit_scale(block.params.forward, block.own.batch) * kLog2E;
@@ -87,12 +97,7 @@ struct BackwardSm90 {
       QueryGradients dq;
       Block::start_query_gradients(dq, block.ds_tile(0), block.k_tile(), warpgroup);
       start_operand_by_rows<T>(dk[0], ds_operand, block.q_tile(ring.index));
-      ptx::mbarrier_arrive(control.statistics_empty + ring.index);
-      ptx::wgmma_wait<2>();
-      ptx::pin(dv[0]);
-      Block::arrive_warp(control.dout_empty + ring.index, thread);
-      ptx::wgmma_wait<1>();
-      ptx::pin(dq[0]);
+      wait_but_for_keys(dv, dq, ring.index, thread);
       store_query_gradients(dq, warpgroup, thread);
       // Behind the last tile the next S is of no use and does no harm.
       start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(next.index));
@@ -167,12 +172,7 @@ struct BackwardSm90 {
       Block::store_ds(ds_row + buffer * Block::LogitShared::kBytes, ds_operand);
       ptx::fence_async_proxy();
       start_operand_by_rows<T>(dk[0], ds_operand, block.q_tile(ring.index));
-      ptx::mbarrier_arrive(control.statistics_empty + ring.index);
-      ptx::wgmma_wait<2>();
-      ptx::pin(dv[0]);
-      Block::arrive_warp(control.dout_empty + ring.index, thread);
-      ptx::wgmma_wait<1>();
-      ptx::pin(dq[0]);
+      wait_but_for_keys(dv, dq, ring.index, thread);
       pass_differences_on(warpgroup, buffer);
       buffer ^= 1;
       store_query_gradients(dq, warpgroup, thread);
