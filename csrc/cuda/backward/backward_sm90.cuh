@@ -23,6 +23,7 @@ struct BackwardSm90 {
   using QueryGradients = typename Block::QueryGradients;
   using Statistics = typename Block::Statistics;
   static_assert(Block::kTileN == Block::kConsumers * 64);
+  static_assert(Block::kLogitBuffers == (Block::kDelayed ? 2 : 1));
 
   static constexpr int kQueryArrivals = Block::kConsumers * 4;
   static constexpr int kDoutArrivals = Block::kConsumers * 4;
@@ -43,6 +44,13 @@ struct BackwardSm90 {
     Block::pass_part_on(warpgroup);
   }
 
+  // For K, V and the first Q, with its statistics.
+  __device__ __forceinline__ void wait_for_first_tile() const {
+    ptx::mbarrier_wait(&block.control.keys_full, 0);
+    block.clear_missing_keys(threadIdx.x - (Block::kThreads - Block::kConsumerThreads));
+    Ring<Block::kStages>{}.wait_full(block.control.query_full);
+  }
+
   // Behind the start of dK, the last of a tile's products: waits for dV and dQ, and gives the stage's dO back.
   __device__ __forceinline__ void wait_but_for_keys(KeyGradients& dv, QueryGradients& dq, int stage, int thread) const {
     ptx::mbarrier_arrive(block.control.statistics_empty + stage);
@@ -60,9 +68,7 @@ struct BackwardSm90 {
     const int key_row = warpgroup * 64 + thread / 32 * 16;
     const uint32_t ds_row = Block::ds_row(block.ds_tile(0), key_row, thread);
     Ring<Block::kStages> ring;
-    ptx::mbarrier_wait(&control.keys_full, 0);
-    block.clear_missing_keys(threadIdx.x - (Block::kThreads - Block::kConsumerThreads));
-    ring.wait_full(control.query_full);
+    wait_for_first_tile();
     Logits p, ds;
     typename Block::PerQuery lse_log2;
     start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
@@ -130,9 +136,7 @@ struct BackwardSm90 {
     const uint32_t ds_row = Block::ds_row(block.ds_tile(0), key_row, thread);
     Ring<Block::kStages> ring;
     int buffer = 0;
-    ptx::mbarrier_wait(&control.keys_full, 0);
-    block.clear_missing_keys(threadIdx.x - (Block::kThreads - Block::kConsumerThreads));
-    ring.wait_full(control.query_full);
+    wait_for_first_tile();
     Logits p, ds;
     // A tile's statistics are read before its own products start: what a warp loads from shared memory comes behind the
     // operands of the products it has started. Delta is where dP is to be: dP - delta costs nothing then.
