@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cuda/backward/backward_sm90_block.cuh"
+#include "cuda/ptx/mma_sync.cuh"
 
 namespace chunkattn::cuda {
 
@@ -22,6 +23,7 @@ struct BackwardSm90 {
   using KeyGradients = typename Block::KeyGradients;
   using QueryGradients = typename Block::QueryGradients;
   using Statistics = typename Block::Statistics;
+  using Shifts = typename Block::Shifts;
   static_assert(Block::kTileN == Block::kConsumers * 64);
   static_assert(Block::kLogitBuffers == (Block::kDelayed ? 2 : 1));
 
@@ -128,35 +130,49 @@ struct BackwardSm90 {
     Block::start_query_gradients(dq, block.ds_tile(buffer), block.k_tile(), warpgroup);
   }
 
+  // Start S^T less the log-sum-exp, of which `k` is the first 16 columns of the warpgroup's keys, and dP^T less delta.
+  __device__ __forceinline__ void start_logits(Logits& p, const uint32_t (&k)[4], int warpgroup, int stage,
+                                               int shift_stage) const {
+    const auto q = block.q_tile(stage);
+    ptx::wgmma_fence();
+    block.control.shifts.start(p, Shifts::kLogSumExp, shift_stage);
+    ptx::Wgmma<T, Block::kTileM>::rs_rows(p, k, ptx::descriptor_k_major(q.base), true);
+    add_rows_by_rows<T, 1>(p, block.k_tile(), warpgroup * 64, q);
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void start_differences(Logits& ds, int warpgroup, int stage, int shift_stage) const {
+    ptx::wgmma_fence();
+    block.control.shifts.start(ds, Shifts::kDelta, shift_stage);
+    add_rows_by_rows<T, 0>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(stage));
+    ptx::wgmma_commit();
+  }
+
   __device__ __forceinline__ void accumulate_delayed(KeyGradients& dk, KeyGradients& dv, int warpgroup) const {
     auto& control = block.control;
-    const float scale_log2 = logit_scale(block.params.forward, block.own.batch) * kLog2E;
+    const float scale_log2 = block.shifted_scale() * kLog2E;
     const int thread = Block::warpgroup_thread();
     const int key_row = warpgroup * 64 + thread / 32 * 16;
     const uint32_t ds_row = Block::ds_row(block.ds_tile(0), key_row, thread);
     Ring<Block::kStages> ring;
+    Ring<Shifts::kStages> shift_ring;
     int buffer = 0;
     wait_for_first_tile();
     Logits p, ds;
-    // A tile's statistics are read before its own products start: what a warp loads from shared memory comes behind the
-    // operands of the products it has started. Delta is where dP is to be: dP - delta costs nothing then.
-    typename Block::PerQuery lse_log2;
-    Block::load_per_query(lse_log2, control.statistics[0].lse_log2, thread);
-    Block::set_minus_delta(ds, control.statistics[0], thread);
+    uint32_t k[4];  // more does not fit
+    ptx::ldmatrix_x4(k, block.k_tile().address(key_row + thread % 16, thread % 32 / 16));
     // With the first tile comes the dQ of none: whatever lies in the other buffer, and nobody adds it.
     pass_differences_on(warpgroup, 1);
 #pragma unroll 1
     for (bool more = true; more;) {
       const Statistics& statistics = control.statistics[ring.index];
       const bool masked = statistics.masked;
-      ptx::pin(ds);
-      start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
+      start_logits(p, k, warpgroup, ring.index, shift_ring.index);
       ring.wait_full(control.dout_full);
-      start_rows_by_rows<T, true>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(ring.index));
+      start_differences(ds, warpgroup, ring.index, shift_ring.index);
       ptx::wgmma_wait<1>();
       ptx::pin(p);
       if (masked) block.hide_keys(p, statistics.tile, key_row);
-      Block::exponentiate(p, lse_log2, scale_log2);
+      Block::exponentiate(p, scale_log2);
       Operand p_operand, ds_operand;
       Block::round(p_operand, p);
       start_operand_by_rows<T>(dv[0], p_operand, block.dout_tile(ring.index));
@@ -167,10 +183,11 @@ struct BackwardSm90 {
       Ring<Block::kStages> next = ring;
       next.advance();
       next.wait_full(control.query_full);
-      const Statistics& next_statistics = control.statistics[next.index];
-      more = next_statistics.plane >= 0;
+      more = control.statistics[next.index].plane >= 0;
       ptx::wgmma_wait<2>();
       ptx::pin(ds);
+      Block::arrive_warp(control.shifts.empty + shift_ring.index, thread);
+      shift_ring.advance();
       Block::differentiate_rounded(ds_operand, p_operand, ds);
       // The other warpgroup read what was in this buffer two tiles ago, and has passed on another dS since.
       Block::store_ds(ds_row + buffer * Block::LogitShared::kBytes, ds_operand);
@@ -180,9 +197,6 @@ struct BackwardSm90 {
       pass_differences_on(warpgroup, buffer);
       buffer ^= 1;
       store_query_gradients(dq, warpgroup, thread);
-      // Behind the last tile the statistics are of no use and do no harm.
-      Block::load_per_query(lse_log2, next_statistics.lse_log2, thread);
-      Block::set_minus_delta(ds, next_statistics, thread);
       ptx::wgmma_wait<0>();
       ptx::pin(dk[0]);
       Block::arrive_warp(control.query_empty + ring.index, thread);

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "cuda/backward/key_source.cuh"
+#include "cuda/backward/query_shifts.cuh"
 #include "cuda/backward/tile_sizes.h"
 #include "cuda/common/ring.cuh"
 #include "cuda/common/softmax.cuh"
@@ -67,15 +68,22 @@ struct BackwardSm90Block {
   using QueryGradients = float[1][kQueryColumns / 8][4];
 
   // What a query tile is. Rows without a query have a log-sum-exp of +inf, which makes P zero.
-  struct alignas(16) Statistics {
-    float lse_log2[kTileM];  // by per_query_index()
-    float delta[kTileM];     // the same
+  struct TileState {
     AttendingTile tile;
     bool masked;  // some query of the tile does not see some key
     int plane;    // Block::plane(); -1 behind the last tile
   };
+  struct alignas(16) TileStatistics : TileState {
+    float lse_log2[kTileM];  // by per_query_index()
+    float delta[kTileM];     // the same
+  };
+  struct NoShifts {};
+  // Where kDelayed, log-sum-exp and delta come as shifts.
+  using Statistics = std::conditional_t<kDelayed, TileState, TileStatistics>;
+  using Shifts = std::conditional_t<kDelayed, QueryShifts<kTileM>, NoShifts>;
 
   struct Control {
+    Shifts shifts;
     uint64_t keys_full;
     uint64_t query_full[kStages], query_empty[kStages];
     uint64_t dout_full[kStages], dout_empty[kStages];
@@ -152,6 +160,11 @@ struct BackwardSm90Block {
     return Keys::kInSequences ? head : own.batch * params.forward.shape.heads + head;
   }
 
+  // What S is multiplied by once it is shifted.
+  __device__ __forceinline__ float shifted_scale() const {
+    return QueryShifts<kTileM>::logit_scale(logit_scale(params.forward, own.batch));
+  }
+
   // How often a block's consumers and warps of dQ arrive when they need Q, and dO, of a stage no longer.
   __device__ __forceinline__ void init_barriers(int query_arrivals, int dout_arrivals) const {
     ptx::mbarrier_init(&control.keys_full, 1);
@@ -162,6 +175,9 @@ struct BackwardSm90Block {
       ptx::mbarrier_init(control.dout_empty + i, kClusterSize * dout_arrivals);
       ptx::mbarrier_init(control.statistics_empty + i,
                          kConsumerThreads + kConsumers * 32);  // every thread has read them
+    }
+    if constexpr (kDelayed) {
+      for (uint64_t& empty : control.shifts.empty) ptx::mbarrier_init(&empty, kConsumers * 4);
     }
     if constexpr (kClusterSize > 1) {
       ptx::mbarrier_init(&control.other_ds_full, 1);
@@ -293,6 +309,8 @@ struct BackwardSm90Block {
     const int lane = threadIdx.x % 32;
     const HeadRange heads = source.heads(params.forward.shape, own);
     Ring<kStages> ring;
+    [[maybe_unused]] Ring<QueryShifts<kTileM>::kStages> shift_ring;
+    [[maybe_unused]] const float unscale = 1.f / shifted_scale();
 #pragma unroll 1
     for (int head = heads.begin; head < heads.end; ++head) {
       const int plane = this->plane(head);
@@ -302,12 +320,23 @@ struct BackwardSm90Block {
         const int64_t first = static_cast<int64_t>(plane) * rows_q + query_row(tiles, tile);
         ring.wait_empty(control.statistics_empty);
         Statistics& statistics = control.statistics[ring.index];
+        if constexpr (kDelayed) shift_ring.wait_empty(control.shifts.empty);
 #pragma unroll
         for (int row = lane; row < kTileM; row += 32) {
           const bool valid = row < tile.count;
-          const int index = per_query_index(row);
-          statistics.lse_log2[index] = valid ? params.forward.softmax_lse[first + row] * kLog2E : INFINITY;
-          statistics.delta[index] = valid ? workspace.delta[first + row] : 0.f;
+          const float lse = valid ? params.forward.softmax_lse[first + row] : INFINITY;
+          const float delta = valid ? workspace.delta[first + row] : 0.f;
+          if constexpr (kDelayed) {
+            control.shifts.set(shift_ring.index, row, lse * unscale, delta);
+          } else {
+            const int index = per_query_index(row);
+            statistics.lse_log2[index] = lse * kLog2E;
+            statistics.delta[index] = delta;
+          }
+        }
+        if constexpr (kDelayed) {
+          ptx::fence_async_proxy();
+          shift_ring.advance();
         }
         if (lane == 0) {
           statistics.tile = tile;
@@ -442,6 +471,15 @@ struct BackwardSm90Block {
         logits[block][i] =
             exp2_approx(logits[block][i] * scale_log2 - (i % 2 == 0 ? lse_log2[block].x : lse_log2[block].y));
       }
+    }
+  }
+
+  // The same of S that is shifted.
+  static __device__ __forceinline__ void exponentiate(Logits& logits, float scale_log2) {
+#pragma unroll
+    for (int block = 0; block < kTileM / 8; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) logits[block][i] = exp2_approx(logits[block][i] * scale_log2);
     }
   }
 
@@ -663,6 +701,9 @@ __device__ __forceinline__ void run_backward_sm90(const BackwardParams& params, 
   if (threadIdx.x == 0) block.init_barriers(Kernel::kQueryArrivals, Kernel::kDoutArrivals);
   if constexpr (Keys::kInRegions) {
     if (threadIdx.x / 32 == 1) block.find_regions();
+  }
+  if constexpr (Block::kDelayed) {
+    if (threadIdx.x / 32 == 2) block.control.shifts.init(threadIdx.x % 32);
   }
   Block::sync_blocks();
   if (warpgroup == 0) {

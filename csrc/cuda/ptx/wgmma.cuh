@@ -45,6 +45,13 @@ __device__ __forceinline__ uint64_t descriptor_n_major(uint32_t address, uint32_
          (address & 0x3FFFF) >> 4;
 }
 
+// Without swizzle: cores of eight rows along K of 16 bytes, row after row. The next eight of K lie `along_k` bytes
+// further, the next eight rows `along_rows`.
+__device__ __forceinline__ uint64_t descriptor_of_cores(uint32_t address, uint32_t along_k, uint32_t along_rows) {
+  return static_cast<uint64_t>(along_rows >> 4) << 32 | static_cast<uint64_t>(along_k >> 4) << 16 |
+         (address & 0x3FFFF) >> 4;
+}
+
 template <typename T, int kColumns>
 struct Wgmma;
 
