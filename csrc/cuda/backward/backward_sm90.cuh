@@ -5,9 +5,9 @@
 // already the a operands of dV += P^T dO and dK += dS^T Q and stay in registers; only dS goes through shared memory,
 // for dQ = dS K, of which every warpgroup computes a part, from the dS of both.
 //
-// Either the warpgroups meet at each tile when they have stored their dS. Or (kDelayed) dQ is made while the next tile
-// is worked on: then neither waits for the other unless it is a tile ahead, and one has the tensor cores while the
-// other makes P and dS.
+// Either the warpgroups meet at each tile when they have stored their dS, and products are cut so that the tensor cores
+// work beside the exponentials. Or (kDelayed) dQ is made while the next tile is worked on: then neither waits for the
+// other unless it is a tile ahead, and one has the tensor cores while the other makes P and dS.
 #pragma once
 
 #include "cuda/backward/backward_sm90_block.cuh"
@@ -25,7 +25,7 @@ struct BackwardSm90 {
   using Statistics = typename Block::Statistics;
   using Shifts = typename Block::Shifts;
   static_assert(Block::kTileN == Block::kConsumers * 64);
-  static_assert(Block::kLogitBuffers == (Block::kDelayed ? 2 : 1));
+  static_assert(Block::kLogitBuffers == 2);
 
   static constexpr int kQueryArrivals = Block::kConsumers * 4;
   static constexpr int kDoutArrivals = Block::kConsumers * 4;
@@ -53,14 +53,36 @@ struct BackwardSm90 {
     Ring<Block::kStages>{}.wait_full(block.control.query_full);
   }
 
-  // Behind the start of dK, the last of a tile's products: waits for dV and dQ, and gives the stage's dO back.
-  __device__ __forceinline__ void wait_but_for_keys(KeyGradients& dv, QueryGradients& dq, int stage, int thread) const {
-    ptx::mbarrier_arrive(block.control.statistics_empty + stage);
-    ptx::wgmma_wait<2>();
-    ptx::pin(dv[0]);
-    Block::arrive_warp(block.control.dout_empty + stage, thread);
-    ptx::wgmma_wait<1>();
-    ptx::pin(dq[0]);
+  // S becomes P and goes into dV, kStepsAtOnce steps of 16 queries at a time: beside their products the next are made.
+  // lse_log2: of the first step.
+  static constexpr int kStepsAtOnce = 2, kValueProducts = Block::kTileM / 16 / kStepsAtOnce;
+  __device__ __forceinline__ void add_values(KeyGradients& dv, Operand& p_operand, Logits& p, float4 lse_log2,
+                                             float scale_log2, int stage, int thread) const {
+    const Statistics& statistics = block.control.statistics[stage];
+#pragma unroll
+    for (int step = 0; step < Block::kTileM / 16; ++step) {
+      const float4 next = Block::per_query(statistics.lse_log2, (step + 1) % (Block::kTileM / 16), thread);
+      Block::exponentiate(p, step, lse_log2, scale_log2);
+      pack_operand<T>(p_operand[step], p, step);
+      lse_log2 = next;
+      if (step % kStepsAtOnce == kStepsAtOnce - 1) {
+        start_steps_by_rows<T, kStepsAtOnce>(dv[0], p_operand, block.dout_tile(stage), step + 1 - kStepsAtOnce);
+      }
+    }
+  }
+
+  // dP becomes dS, in registers and in shared memory. delta: of the first step.
+  __device__ __forceinline__ void make_differences(Operand& ds_operand, Logits& ds, const Operand& p_operand,
+                                                   float4 delta, int stage, uint32_t ds_row, int thread) const {
+    const Statistics& statistics = block.control.statistics[stage];
+#pragma unroll
+    for (int step = 0; step < Block::kTileM / 16; ++step) {
+      const float4 next = Block::per_query(statistics.delta, (step + 1) % (Block::kTileM / 16), thread);
+      Block::subtract_delta(ds, step, delta);
+      Block::differentiate_rounded(ds_operand, p_operand, ds, step);
+      Block::store_ds(ds_row, ds_operand[step], step);
+      delta = next;
+    }
   }
 
   __device__ __forceinline__ void accumulate(KeyGradients& dk, KeyGradients& dv, int warpgroup) const {
@@ -70,9 +92,9 @@ struct BackwardSm90 {
     const int key_row = warpgroup * 64 + thread / 32 * 16;
     const uint32_t ds_row = Block::ds_row(block.ds_tile(0), key_row, thread);
     Ring<Block::kStages> ring;
+    int buffer = 0;
     wait_for_first_tile();
     Logits p, ds;
-    typename Block::PerQuery lse_log2;
     start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
     ptx::wgmma_wait<0>();
     ptx::pin(p);
@@ -80,40 +102,43 @@ struct BackwardSm90 {
     for (bool more = true; more;) {
       const Statistics& statistics = control.statistics[ring.index];
       const bool masked = statistics.masked;
+      // Values that queries have are read before they are needed: loads from shared memory come behind the operands of
+      // products that have started.
+      const float4 lse_log2 = Block::per_query(statistics.lse_log2, 0, thread);
       ring.wait_full(control.dout_full);
       start_rows_by_rows<T>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(ring.index));
-      Block::load_per_query(lse_log2, statistics.lse_log2, thread);  // there are no registers to keep it in
       if (masked) block.hide_keys(p, statistics.tile, key_row);
-      Block::exponentiate(p, lse_log2, scale_log2);
-      ptx::pin(p);
-      // ptxas moves a wait up over arithmetic that does not need it, but not over the branches of a wait for a barrier.
-      Ring<Block::kStages> next = ring;
-      next.advance();
-      next.wait_full(control.query_full);
-      more = control.statistics[next.index].plane >= 0;
-      ptx::wgmma_wait<0>();
-      ptx::pin(ds);
       Operand p_operand, ds_operand;
-      Block::round(p_operand, p);
-      Block::subtract_delta(ds, statistics, thread);
-      Block::differentiate(ds_operand, p, ds);
-      start_operand_by_rows<T>(dv[0], p_operand, block.dout_tile(ring.index));
-      Block::sync_consumers();  // everybody has read the dS before
-      Block::store_ds(ds_row, ds_operand);
+      add_values(dv, p_operand, p, lse_log2, scale_log2, ring.index, thread);
+      const float4 delta = Block::per_query(statistics.delta, 0, thread);
+      ptx::wgmma_wait<kValueProducts>();
+      ptx::pin(ds);
+      // dS is made of what P was rounded to: there are no registers to keep both.
+      make_differences(ds_operand, ds, p_operand, delta, ring.index, ds_row + buffer * Block::LogitShared::kBytes,
+                       thread);
+      start_operand_by_rows<T>(dk[0], ds_operand, block.q_tile(ring.index));
       ptx::fence_async_proxy();
+      // Who stores dS in a buffer has met, at the tile before, everybody done with what was in it.
       Block::sync_consumers();
       QueryGradients dq;
-      Block::start_query_gradients(dq, block.ds_tile(0), block.k_tile(), warpgroup);
-      start_operand_by_rows<T>(dk[0], ds_operand, block.q_tile(ring.index));
-      wait_but_for_keys(dv, dq, ring.index, thread);
-      store_query_gradients(dq, warpgroup, thread);
-      // Behind the last tile the next S is of no use and does no harm.
-      start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(next.index));
-      ptx::wgmma_wait<0>();
+      Block::start_query_gradients(dq, block.ds_tile(buffer), block.k_tile(), warpgroup);
+      ptx::mbarrier_arrive(control.statistics_empty + ring.index);
+      ptx::wgmma_wait<1>();
+      ptx::pin(dv[0]);
       ptx::pin(dk[0]);
-      ptx::pin(p);
+      Block::arrive_warp(control.dout_empty + ring.index, thread);
       Block::arrive_warp(control.query_empty + ring.index, thread);
-      ring = next;
+      ring.advance();
+      buffer ^= 1;
+      ring.wait_full(control.query_full);
+      more = control.statistics[ring.index].plane >= 0;
+      // Behind the last tile the next S is of no use and does no harm.
+      start_rows_by_rows<T>(p, block.k_tile(), warpgroup * 64, block.q_tile(ring.index));
+      ptx::wgmma_wait<1>();
+      ptx::pin(dq[0]);
+      store_query_gradients(dq, warpgroup, thread);
+      ptx::wgmma_wait<0>();
+      ptx::pin(p);
     }
   }
 
@@ -193,7 +218,12 @@ struct BackwardSm90 {
       Block::store_ds(ds_row + buffer * Block::LogitShared::kBytes, ds_operand);
       ptx::fence_async_proxy();
       start_operand_by_rows<T>(dk[0], ds_operand, block.q_tile(ring.index));
-      wait_but_for_keys(dv, dq, ring.index, thread);
+      ptx::mbarrier_arrive(control.statistics_empty + ring.index);
+      ptx::wgmma_wait<2>();
+      ptx::pin(dv[0]);
+      Block::arrive_warp(control.dout_empty + ring.index, thread);
+      ptx::wgmma_wait<1>();
+      ptx::pin(dq[0]);
       pass_differences_on(warpgroup, buffer);
       buffer ^= 1;
       store_query_gradients(dq, warpgroup, thread);

@@ -448,30 +448,39 @@ struct BackwardSm90Block {
   }
 
   // Of this thread's queries, which are neighbours in pairs. They are kept in the order in which four lanes read them:
-  // two of a lane's pairs at once.
-  using PerQuery = float2[kTileM / 8];
+  // two of a lane's pairs at once, those of one step of 16 queries.
+  using PerQuery = float4[kTileM / 16];
   static __device__ __forceinline__ int per_query_index(int query) {
     return query / 16 * 16 + query % 8 / 2 * 4 + query / 8 % 2 * 2 + query % 2;
   }
+  static __device__ __forceinline__ float4 per_query(const float (&values)[kTileM], int step, int thread) {
+    return *reinterpret_cast<const float4*>(values + step * 16 + thread % 4 * 4);
+  }
   static __device__ __forceinline__ void load_per_query(PerQuery& x, const float (&values)[kTileM], int thread) {
 #pragma unroll
-    for (int block = 0; block < kTileM / 8; block += 2) {
-      const float4 pairs = *reinterpret_cast<const float4*>(values + block * 8 + thread % 4 * 4);
-      x[block] = {pairs.x, pairs.y};
-      x[block + 1] = {pairs.z, pairs.w};
+    for (int step = 0; step < kTileM / 16; ++step) x[step] = per_query(values, step, thread);
+  }
+  // Of those, the one that belongs to element i of the step's first or second block.
+  static __device__ __forceinline__ float of_query(const float4& pairs, int block, int i) {
+    return block % 2 == 0 ? (i % 2 == 0 ? pairs.x : pairs.y) : (i % 2 == 0 ? pairs.z : pairs.w);
+  }
+
+  // S becomes P, of one step of 16 queries.
+  static __device__ __forceinline__ void exponentiate(Logits& logits, int step, const float4& lse_log2,
+                                                      float scale_log2) {
+#pragma unroll
+    for (int block = 2 * step; block < 2 * step + 2; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        logits[block][i] = exp2_approx(logits[block][i] * scale_log2 - of_query(lse_log2, block, i));
+      }
     }
   }
 
   // S becomes P.
   static __device__ __forceinline__ void exponentiate(Logits& logits, const PerQuery& lse_log2, float scale_log2) {
 #pragma unroll
-    for (int block = 0; block < kTileM / 8; ++block) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        logits[block][i] =
-            exp2_approx(logits[block][i] * scale_log2 - (i % 2 == 0 ? lse_log2[block].x : lse_log2[block].y));
-      }
-    }
+    for (int step = 0; step < kTileM / 16; ++step) exponentiate(logits, step, lse_log2[step], scale_log2);
   }
 
   // The same of S that is shifted.
@@ -498,42 +507,51 @@ struct BackwardSm90Block {
     }
   }
 
-  static __device__ __forceinline__ void subtract_delta(Logits& ds, const Statistics& statistics, int thread) {
-    PerQuery delta;
-    load_per_query(delta, statistics.delta, thread);
+  // Of one step.
+  static __device__ __forceinline__ void subtract_delta(Logits& ds, int step, const float4& delta) {
 #pragma unroll
-    for (int block = 0; block < kTileM / 8; ++block) {
+    for (int block = 2 * step; block < 2 * step + 2; ++block) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) ds[block][i] -= i % 2 == 0 ? delta[block].x : delta[block].y;
+      for (int i = 0; i < 4; ++i) ds[block][i] -= of_query(delta, block, i);
     }
   }
 
   // What dP = V dO^T is added to where delta is read before.
   static __device__ __forceinline__ void set_minus_delta(Logits& ds, const Statistics& statistics, int thread) {
 #pragma unroll
-    for (int block = 0; block < kTileM / 8; ++block) {
+    for (int step = 0; step < kTileM / 16; ++step) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) ds[block][i] = 0.f;
+      for (int i = 0; i < 8; ++i) ds[2 * step + i / 4][i % 4] = 0.f;
+      subtract_delta(ds, step, per_query(statistics.delta, step, thread));
     }
-    subtract_delta(ds, statistics, thread);
   }
 
-  // dP - delta becomes dS = P (dP - delta), without the logits' scale, rounded to T.
-  static __device__ __forceinline__ void differentiate(Operand& operand, const Logits& p, Logits& ds) {
+  // dP - delta becomes dS = P (dP - delta), without the logits' scale, rounded to T. Of one step.
+  static __device__ __forceinline__ void differentiate(Operand& operand, const Logits& p, Logits& ds, int step) {
 #pragma unroll
-    for (int block = 0; block < kTileM / 8; ++block) {
+    for (int block = 2 * step; block < 2 * step + 2; ++block) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) ds[block][i] *= p[block][i];
     }
-    round(operand, ds);
+    pack_operand<T>(operand[step], ds, step);
+  }
+
+  // The same of all steps.
+  static __device__ __forceinline__ void differentiate(Operand& operand, const Logits& p, Logits& ds) {
+#pragma unroll
+    for (int step = 0; step < kTileM / 16; ++step) differentiate(operand, p, ds, step);
   }
 
   // The same from P as it was rounded.
-  static __device__ __forceinline__ void differentiate_rounded(Operand& operand, const Operand& p, Logits& ds) {
+  static __device__ __forceinline__ void differentiate_rounded(Operand& operand, const Operand& p, Logits& ds,
+                                                               int step) {
     Logits weights;
+    unround(weights, p[step], step);
+    differentiate(operand, weights, ds, step);
+  }
+  static __device__ __forceinline__ void differentiate_rounded(Operand& operand, const Operand& p, Logits& ds) {
 #pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) unround(weights, p[step], step);
-    differentiate(operand, weights, ds);
+    for (int step = 0; step < kTileM / 16; ++step) differentiate_rounded(operand, p, ds, step);
   }
 
   // Where a thread's row of dS begins, of the warp's 16 keys from `key_row` on.
@@ -542,12 +560,13 @@ struct BackwardSm90Block {
     return shared.address(key_row + lane / 8 % 2 * 8 + lane % 8, lane / 16);
   }
 
+  static __device__ __forceinline__ void store_ds(uint32_t row, const uint32_t (&ds)[4], int step) {
+    // Two chunks further on in the row, as the panel permutes them: PanelTile::address().
+    ptx::stmatrix_x4((row ^ (step % 4 * 32)) + step / 4 * LogitShared::kPanelBytes, ds);
+  }
   static __device__ __forceinline__ void store_ds(uint32_t row, const Operand& ds) {
 #pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) {
-      // Two chunks further on in the row, as the panel permutes them: PanelTile::address().
-      ptx::stmatrix_x4((row ^ (step % 4 * 32)) + step / 4 * LogitShared::kPanelBytes, ds[step]);
-    }
+    for (int step = 0; step < kTileM / 16; ++step) store_ds(row, ds[step], step);
   }
 
   // A warpgroup's part of dQ on its way: panels of 64 rows by 32 float32 elements, swizzled as PanelTile is, their

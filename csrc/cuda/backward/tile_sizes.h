@@ -62,17 +62,17 @@ struct BackwardSm80Tile<256, 99> {
 };
 
 // wgmma: up to head_dim 128 each of two consumer warpgroups owns 64 keys. Its S, dP, dK, dV and part of dQ take 224
-// registers of a thread. kDelayed: dQ is made a tile later, which takes a second buffer of dS. At head_dim 256 the two
-// share 64 keys: dV, S and part of dQ, or dK, dP and part of dQ, take 192. A tile's keys are those of a cluster of
-// kClusterSize blocks. At head_dim 256 dQ lies in the memory of the dO it belongs to, elsewhere it has kGradientRows
-// rows of its own.
+// registers of a thread. While dQ is made of one buffer of dS the next is written, which takes two; kDelayed: dQ is
+// made a tile later. At head_dim 256 the two share 64 keys: dV, S and part of dQ, or dK, dP and part of dQ, take 192. A
+// tile's keys are those of a cluster of kClusterSize blocks. At head_dim 256 dQ lies in the memory of the dO it belongs
+// to, elsewhere it has kGradientRows rows of its own.
 template <int kHeadDim>
 struct BackwardSm90Tile;
 
 template <>
 struct BackwardSm90Tile<64> {
-  static constexpr int kClusterSize = 1, kTileM = 128, kTileN = 128, kStages = 3;
-  static constexpr int kLogitBuffers = 1, kGradientRows = 128;
+  static constexpr int kClusterSize = 1, kTileM = 128, kTileN = 128, kStages = 2;
+  static constexpr int kLogitBuffers = 2, kGradientRows = 128;
   static constexpr bool kDelayed = false;
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 };

@@ -32,18 +32,26 @@ __device__ __forceinline__ void start_rows_by_rows(float (&d)[kBlocks][4], const
   ptx::wgmma_commit();
 }
 
-// Starts d += a b: a in registers, as softmax.cuh packs it, b's rows one after the other.
-template <typename T, int kSteps, int kBlocks, typename Tile>
-__device__ __forceinline__ void start_operand_by_rows(float (&d)[kBlocks][4], const uint32_t (&a)[kSteps][4],
-                                                      const Tile& b) {
+// Starts d += a b: a in registers, as softmax.cuh packs it, b's rows one after the other. Of a the kCount steps of 16
+// columns from `first` on, and as many rows of b.
+template <typename T, int kCount, int kSteps, int kBlocks, typename Tile>
+__device__ __forceinline__ void start_steps_by_rows(float (&d)[kBlocks][4], const uint32_t (&a)[kSteps][4],
+                                                    const Tile& b, int first) {
   static_assert(Tile::kChunksPerRow == kBlocks && Tile::kPanelBytes == kSteps * 16 * 128);
   const uint64_t from_b = ptx::descriptor_n_major(b.base, Tile::kPanelBytes);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
+  for (int step = first; step < first + kCount; ++step) {
     ptx::Wgmma<T, kBlocks * 8>::rs(d, a[step], from_b + step * 16 * 128 / 16);
   }
   ptx::wgmma_commit();
+}
+
+// The same, of all of a.
+template <typename T, int kSteps, int kBlocks, typename Tile>
+__device__ __forceinline__ void start_operand_by_rows(float (&d)[kBlocks][4], const uint32_t (&a)[kSteps][4],
+                                                      const Tile& b) {
+  start_steps_by_rows<T, kSteps>(d, a, b, 0);
 }
 
 }  // namespace chunkattn::cuda
