@@ -250,7 +250,7 @@ def parse_arguments(argv):
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=DEFAULT_STAGES)
     parser.add_argument("--budget", type=float, default=570, help="seconds for all stages together")
     limits = {
-        "pytest": 180,
+        "pytest": 300,
         "sanitizer": 120,
         "forward": 260,
         "backward": 260,
