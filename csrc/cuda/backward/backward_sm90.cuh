@@ -18,14 +18,14 @@ namespace chunkattn::cuda {
 template <typename T, int kHeadDim, typename Keys>
 struct BackwardSm90 {
   using Block = BackwardSm90Block<T, kHeadDim, Keys>;
-  using Logits = typename Block::Logits;
-  using Operand = typename Block::Operand;
-  using KeyGradients = typename Block::KeyGradients;
-  using QueryGradients = typename Block::QueryGradients;
+  using Steps = typename Block::Steps;
+  using Logits = typename Steps::Logits;
+  using Operand = typename Steps::Operand;
+  using KeyGradients = typename Steps::KeyGradients;
+  using QueryGradients = typename Steps::QueryGradients;
   using Statistics = typename Block::Statistics;
   using Shifts = typename Block::Shifts;
   static_assert(Block::kTileN == Block::kConsumers * 64);
-  static_assert(Block::kLogitBuffers == 2);
 
   static constexpr int kQueryArrivals = Block::kConsumers * 4;
   static constexpr int kDoutArrivals = Block::kConsumers * 4;
@@ -33,7 +33,7 @@ struct BackwardSm90 {
   const Block& block;
 
   __device__ __forceinline__ uint32_t dq_part(int warpgroup) const {
-    return block.ds_tile(Block::kLogitBuffers).base + warpgroup * Block::kGradientPanels * Block::kGradientPanelBytes;
+    return block.ds_tile(kBackwardLogitBuffers).base + warpgroup * Steps::kGradientPanels * Steps::kGradientPanelBytes;
   }
 
   __device__ __forceinline__ void add_query_gradients(int warpgroup) const {
@@ -42,7 +42,7 @@ struct BackwardSm90 {
 
   __device__ __forceinline__ void store_query_gradients(const QueryGradients& dq, int warpgroup, int thread) const {
     Block::wait_part_free(warpgroup);
-    Block::store_part(dq, dq_part(warpgroup), thread);
+    Steps::store_part(dq, dq_part(warpgroup), thread);
     Block::pass_part_on(warpgroup);
   }
 
@@ -61,8 +61,8 @@ struct BackwardSm90 {
     const Statistics& statistics = block.control.statistics[stage];
 #pragma unroll
     for (int step = 0; step < Block::kTileM / 16; ++step) {
-      const float4 next = Block::per_query(statistics.lse_log2, (step + 1) % (Block::kTileM / 16), thread);
-      Block::exponentiate(p, step, lse_log2, scale_log2);
+      const float4 next = Steps::per_query(statistics.lse_log2, (step + 1) % (Block::kTileM / 16), thread);
+      Steps::exponentiate(p, step, lse_log2, scale_log2);
       pack_operand<T>(p_operand[step], p, step);
       lse_log2 = next;
       if (step % kStepsAtOnce == kStepsAtOnce - 1) {
@@ -77,10 +77,10 @@ struct BackwardSm90 {
     const Statistics& statistics = block.control.statistics[stage];
 #pragma unroll
     for (int step = 0; step < Block::kTileM / 16; ++step) {
-      const float4 next = Block::per_query(statistics.delta, (step + 1) % (Block::kTileM / 16), thread);
-      Block::subtract_delta(ds, step, delta);
-      Block::differentiate_rounded(ds_operand, p_operand, ds, step);
-      Block::store_ds(ds_row, ds_operand[step], step);
+      const float4 next = Steps::per_query(statistics.delta, (step + 1) % (Block::kTileM / 16), thread);
+      Steps::subtract_delta(ds, step, delta);
+      Steps::differentiate_rounded(ds_operand, p_operand, ds, step);
+      Steps::store_ds(ds_row, ds_operand[step], step);
       delta = next;
     }
   }
@@ -90,7 +90,7 @@ struct BackwardSm90 {
     const float scale_log2 = logit_scale(block.params.forward, block.own.batch) * kLog2E;
     const int thread = Block::warpgroup_thread();
     const int key_row = warpgroup * 64 + thread / 32 * 16;
-    const uint32_t ds_row = Block::ds_row(block.ds_tile(0), key_row, thread);
+    const uint32_t ds_row = Steps::ds_row(block.ds_tile(0), key_row, thread);
     Ring<Block::kStages> ring;
     int buffer = 0;
     wait_for_first_tile();
@@ -104,24 +104,24 @@ struct BackwardSm90 {
       const bool masked = statistics.masked;
       // Values that queries have are read before they are needed: loads from shared memory come behind the operands of
       // products that have started.
-      const float4 lse_log2 = Block::per_query(statistics.lse_log2, 0, thread);
+      const float4 lse_log2 = Steps::per_query(statistics.lse_log2, 0, thread);
       ring.wait_full(control.dout_full);
       start_rows_by_rows<T>(ds, block.v_tile(), warpgroup * 64, block.dout_tile(ring.index));
       if (masked) block.hide_keys(p, statistics.tile, key_row);
       Operand p_operand, ds_operand;
       add_values(dv, p_operand, p, lse_log2, scale_log2, ring.index, thread);
-      const float4 delta = Block::per_query(statistics.delta, 0, thread);
+      const float4 delta = Steps::per_query(statistics.delta, 0, thread);
       ptx::wgmma_wait<kValueProducts>();
       ptx::pin(ds);
       // dS is made of what P was rounded to: there are no registers to keep both.
-      make_differences(ds_operand, ds, p_operand, delta, ring.index, ds_row + buffer * Block::LogitShared::kBytes,
+      make_differences(ds_operand, ds, p_operand, delta, ring.index, ds_row + buffer * Steps::LogitShared::kBytes,
                        thread);
       start_operand_by_rows<T>(dk[0], ds_operand, block.q_tile(ring.index));
       ptx::fence_async_proxy();
       // Who stores dS in a buffer has met, at the tile before, everybody done with what was in it.
       Block::sync_consumers();
       QueryGradients dq;
-      Block::start_query_gradients(dq, block.ds_tile(buffer), block.k_tile(), warpgroup);
+      Steps::start_query_gradients(dq, block.ds_tile(buffer), block.k_tile(), warpgroup);
       ptx::mbarrier_arrive(control.statistics_empty + ring.index);
       ptx::wgmma_wait<1>();
       ptx::pin(dv[0]);
@@ -152,7 +152,7 @@ struct BackwardSm90 {
   // Starts this warpgroup's part of dQ of the tile whose dS is in the buffer, once the other one has stored it.
   __device__ __forceinline__ void start_query_gradients(QueryGradients& dq, int buffer, int warpgroup) const {
     ptx::named_barrier_sync(kDifferencesBarrier + 2 * (1 - warpgroup) + buffer, Block::kConsumerThreads);
-    Block::start_query_gradients(dq, block.ds_tile(buffer), block.k_tile(), warpgroup);
+    Steps::start_query_gradients(dq, block.ds_tile(buffer), block.k_tile(), warpgroup);
   }
 
   // Start S^T less the log-sum-exp, of which `k` is the first 16 columns of the warpgroup's keys, and dP^T less delta.
@@ -177,7 +177,7 @@ struct BackwardSm90 {
     const float scale_log2 = block.shifted_scale() * kLog2E;
     const int thread = Block::warpgroup_thread();
     const int key_row = warpgroup * 64 + thread / 32 * 16;
-    const uint32_t ds_row = Block::ds_row(block.ds_tile(0), key_row, thread);
+    const uint32_t ds_row = Steps::ds_row(block.ds_tile(0), key_row, thread);
     Ring<Block::kStages> ring;
     Ring<Shifts::kStages> shift_ring;
     int buffer = 0;
@@ -197,9 +197,9 @@ struct BackwardSm90 {
       ptx::wgmma_wait<1>();
       ptx::pin(p);
       if (masked) block.hide_keys(p, statistics.tile, key_row);
-      Block::exponentiate(p, scale_log2);
+      Steps::exponentiate(p, scale_log2);
       Operand p_operand, ds_operand;
-      Block::round(p_operand, p);
+      Steps::round(p_operand, p);
       start_operand_by_rows<T>(dv[0], p_operand, block.dout_tile(ring.index));
       // P gives way to dQ: dS is made of what P was rounded to.
       QueryGradients dq;
@@ -213,9 +213,9 @@ struct BackwardSm90 {
       ptx::pin(ds);
       Block::arrive_warp(control.shifts.empty + shift_ring.index, thread);
       shift_ring.advance();
-      Block::differentiate_rounded(ds_operand, p_operand, ds);
+      Steps::differentiate_rounded(ds_operand, p_operand, ds);
       // The other warpgroup read what was in this buffer two tiles ago, and has passed on another dS since.
-      Block::store_ds(ds_row + buffer * Block::LogitShared::kBytes, ds_operand);
+      Steps::store_ds(ds_row + buffer * Steps::LogitShared::kBytes, ds_operand);
       ptx::fence_async_proxy();
       start_operand_by_rows<T>(dk[0], ds_operand, block.q_tile(ring.index));
       ptx::mbarrier_arrive(control.statistics_empty + ring.index);

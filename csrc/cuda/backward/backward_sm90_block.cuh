@@ -1,5 +1,5 @@
-// What the Hopper backward kernels share: the tiles in shared memory, the warps that bring them and take dQ away, and
-// the steps that consumer warpgroups make of them.
+// What surrounds the Hopper backward kernels: the tiles in shared memory, the warps that bring them and take dQ away,
+// and who waits for whom. What consumer warpgroups make of a tile is in backward_sm90_steps.cuh.
 //
 // One thread block owns one tile of keys of one KV head, and with it dK and dV. Of its first warpgroup, one thread
 // loads K and V once and then Q and dO of the query tiles that attend the keys (QueryTileWalk), of all query heads that
@@ -13,6 +13,7 @@
 
 #include <type_traits>
 
+#include "cuda/backward/backward_sm90_steps.cuh"
 #include "cuda/backward/key_source.cuh"
 #include "cuda/backward/query_shifts.cuh"
 #include "cuda/backward/tile_sizes.h"
@@ -39,33 +40,26 @@ struct BackwardMaps {
 template <typename T, int kHeadDim, typename Keys>
 struct BackwardSm90Block {
   using Sizes = BackwardSm90Tile<kHeadDim>;
-  static constexpr int kTileM = Sizes::kTileM;
+  using Steps = BackwardSm90Steps<T, kHeadDim>;
+  static constexpr int kTileM = Steps::kTileM;
   static constexpr int kTileN = Sizes::kTileN;
   static constexpr int kClusterSize = Sizes::kClusterSize;
-  static constexpr int kBlockKeys = kTileN / kClusterSize;
+  static constexpr int kBlockKeys = Steps::kBlockKeys;
   static constexpr int kStages = Sizes::kStages;
-  static constexpr int kLogitBuffers = Sizes::kLogitBuffers;
   static constexpr bool kDelayed = Sizes::kDelayed;
-  static constexpr int kConsumers = 2;
+  static constexpr int kConsumers = Steps::kConsumers;
   static constexpr int kConsumerThreads = kConsumers * 128;
   static constexpr int kThreads = kConsumerThreads + 128;
   // A block starts with as many registers as fit all threads, in eights. What producers give up consumers may take.
   static_assert(kConsumers * Sizes::kConsumerRegisters + Sizes::kProducerRegisters <= 3 * 168);
 
-  // dQ of a tile is cut among the warpgroups by rows where there are enough of them, otherwise by columns.
-  static constexpr bool kCutRows = kTileM == kConsumers * 64;
-  static constexpr int kQueryColumns = kCutRows ? kHeadDim : kHeadDim / (kConsumers * kClusterSize);
-  static_assert(kTileM == 64 || (kCutRows && kClusterSize == 1));
-
-  using QueryShared = PanelTile<kTileM, kHeadDim>;
-  using KeyShared = PanelTile<kBlockKeys, kHeadDim>;
-  using KeyColumns = PanelTile<kBlockKeys, kHeadDim / kClusterSize>;  // of which a block adds dQ
-  using LogitShared = PanelTile<kBlockKeys, kTileM>;                  // keys by queries
+  using QueryShared = typename Steps::QueryShared;
+  using KeyShared = typename Steps::KeyShared;
+  using KeyColumns = typename Steps::KeyColumns;
+  using LogitShared = typename Steps::LogitShared;
   using Staged = StagedRows<kBlockKeys, kHeadDim>;
-  using Logits = float[kTileM / 8][4];       // of 64 keys by kTileM queries
-  using Operand = uint32_t[kTileM / 16][4];  // the same, rounded to T
-  using KeyGradients = float[1][kHeadDim / 8][4];
-  using QueryGradients = float[1][kQueryColumns / 8][4];
+  using Logits = typename Steps::Logits;
+  using KeyGradients = typename Steps::KeyGradients;
 
   // What a query tile is. Rows without a query have a log-sum-exp of +inf, which makes P zero.
   struct TileState {
@@ -74,7 +68,7 @@ struct BackwardSm90Block {
     int plane;    // Block::plane(); -1 behind the last tile
   };
   struct alignas(16) TileStatistics : TileState {
-    float lse_log2[kTileM];  // by per_query_index()
+    float lse_log2[kTileM];  // by Steps::per_query_index()
     float delta[kTileM];     // the same
   };
   struct NoShifts {};
@@ -162,7 +156,7 @@ struct BackwardSm90Block {
 
   // What S is multiplied by once it is shifted.
   __device__ __forceinline__ float shifted_scale() const {
-    return QueryShifts<kTileM>::logit_scale(logit_scale(params.forward, own.batch));
+    return QueryShifts<kTileM>::scale(logit_scale(params.forward, own.batch));
   }
 
   // How often a block's consumers and warps of dQ arrive when they need Q, and dO, of a stage no longer.
@@ -329,7 +323,7 @@ struct BackwardSm90Block {
           if constexpr (kDelayed) {
             control.shifts.set(shift_ring.index, row, lse * unscale, delta);
           } else {
-            const int index = per_query_index(row);
+            const int index = Steps::per_query_index(row);
             statistics.lse_log2[index] = lse * kLog2E;
             statistics.delta[index] = delta;
           }
@@ -356,26 +350,6 @@ struct BackwardSm90Block {
       ptx::mbarrier_arrive(control.query_full + ring.index);  // for the copy, which has no more to bring
     }
     ptx::mbarrier_arrive(control.query_full + ring.index);
-  }
-
-  // Starts this warpgroup's part of dS K, along the keys.
-  static __device__ __forceinline__ void start_query_gradients(QueryGradients& dq, const LogitShared& ds,
-                                                               const KeyShared& k, int warpgroup) {
-    ptx::wgmma_fence();
-    add_keys(dq, ds.base + (kCutRows ? warpgroup * LogitShared::kPanelBytes : 0),
-             k.base + (kCutRows ? 0 : warpgroup * (kQueryColumns / 64) * KeyShared::kPanelBytes), false);
-    ptx::wgmma_commit();
-  }
-
-  // What keys contribute to dQ: of dS from the panel at `ds` on, of K from that at `k` on.
-  static __device__ __forceinline__ void add_keys(QueryGradients& dq, uint32_t ds, uint32_t k, bool add) {
-    const uint64_t a = ptx::descriptor_n_major(ds, LogitShared::kPanelBytes);
-    const uint64_t b = ptx::descriptor_n_major(k, KeyShared::kPanelBytes);
-#pragma unroll
-    for (int step = 0; step < kBlockKeys / 16; ++step) {
-      constexpr int kStep = 16 * 128 / 16;
-      ptx::Wgmma<T, kQueryColumns>::template ss<true>(dq[0], a + step * kStep, b + step * kStep, add || step > 0);
-    }
   }
 
   // This thread's index in its warpgroup. ptxas would sooner read the special register again, tile after tile, which
@@ -447,148 +421,6 @@ struct BackwardSm90Block {
     }
   }
 
-  // Of this thread's queries, which are neighbours in pairs. They are kept in the order in which four lanes read them:
-  // two of a lane's pairs at once, those of one step of 16 queries.
-  using PerQuery = float4[kTileM / 16];
-  static __device__ __forceinline__ int per_query_index(int query) {
-    return query / 16 * 16 + query % 8 / 2 * 4 + query / 8 % 2 * 2 + query % 2;
-  }
-  static __device__ __forceinline__ float4 per_query(const float (&values)[kTileM], int step, int thread) {
-    return *reinterpret_cast<const float4*>(values + step * 16 + thread % 4 * 4);
-  }
-  static __device__ __forceinline__ void load_per_query(PerQuery& x, const float (&values)[kTileM], int thread) {
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) x[step] = per_query(values, step, thread);
-  }
-  // Of those, the one that belongs to element i of the step's first or second block.
-  static __device__ __forceinline__ float of_query(const float4& pairs, int block, int i) {
-    return block % 2 == 0 ? (i % 2 == 0 ? pairs.x : pairs.y) : (i % 2 == 0 ? pairs.z : pairs.w);
-  }
-
-  // S becomes P, of one step of 16 queries.
-  static __device__ __forceinline__ void exponentiate(Logits& logits, int step, const float4& lse_log2,
-                                                      float scale_log2) {
-#pragma unroll
-    for (int block = 2 * step; block < 2 * step + 2; ++block) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        logits[block][i] = exp2_approx(logits[block][i] * scale_log2 - of_query(lse_log2, block, i));
-      }
-    }
-  }
-
-  // S becomes P.
-  static __device__ __forceinline__ void exponentiate(Logits& logits, const PerQuery& lse_log2, float scale_log2) {
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) exponentiate(logits, step, lse_log2[step], scale_log2);
-  }
-
-  // The same of S that is shifted.
-  static __device__ __forceinline__ void exponentiate(Logits& logits, float scale_log2) {
-#pragma unroll
-    for (int block = 0; block < kTileM / 8; ++block) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) logits[block][i] = exp2_approx(logits[block][i] * scale_log2);
-    }
-  }
-
-  static __device__ __forceinline__ void round(Operand& operand, const Logits& x) {
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) pack_operand<T>(operand[step], x, step);
-  }
-
-  // The way back, of one step.
-  static __device__ __forceinline__ void unround(Logits& x, const uint32_t (&operand)[4], int step) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<T>(operand[i]);
-      x[2 * step + i / 2][i % 2 * 2] = pair.x;
-      x[2 * step + i / 2][i % 2 * 2 + 1] = pair.y;
-    }
-  }
-
-  // Of one step.
-  static __device__ __forceinline__ void subtract_delta(Logits& ds, int step, const float4& delta) {
-#pragma unroll
-    for (int block = 2 * step; block < 2 * step + 2; ++block) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) ds[block][i] -= of_query(delta, block, i);
-    }
-  }
-
-  // What dP = V dO^T is added to where delta is read before.
-  static __device__ __forceinline__ void set_minus_delta(Logits& ds, const Statistics& statistics, int thread) {
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) ds[2 * step + i / 4][i % 4] = 0.f;
-      subtract_delta(ds, step, per_query(statistics.delta, step, thread));
-    }
-  }
-
-  // dP - delta becomes dS = P (dP - delta), without the logits' scale, rounded to T. Of one step.
-  static __device__ __forceinline__ void differentiate(Operand& operand, const Logits& p, Logits& ds, int step) {
-#pragma unroll
-    for (int block = 2 * step; block < 2 * step + 2; ++block) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) ds[block][i] *= p[block][i];
-    }
-    pack_operand<T>(operand[step], ds, step);
-  }
-
-  // The same of all steps.
-  static __device__ __forceinline__ void differentiate(Operand& operand, const Logits& p, Logits& ds) {
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) differentiate(operand, p, ds, step);
-  }
-
-  // The same from P as it was rounded.
-  static __device__ __forceinline__ void differentiate_rounded(Operand& operand, const Operand& p, Logits& ds,
-                                                               int step) {
-    Logits weights;
-    unround(weights, p[step], step);
-    differentiate(operand, weights, ds, step);
-  }
-  static __device__ __forceinline__ void differentiate_rounded(Operand& operand, const Operand& p, Logits& ds) {
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) differentiate_rounded(operand, p, ds, step);
-  }
-
-  // Where a thread's row of dS begins, of the warp's 16 keys from `key_row` on.
-  static __device__ __forceinline__ uint32_t ds_row(const LogitShared& shared, int key_row, int thread) {
-    const int lane = thread % 32;
-    return shared.address(key_row + lane / 8 % 2 * 8 + lane % 8, lane / 16);
-  }
-
-  static __device__ __forceinline__ void store_ds(uint32_t row, const uint32_t (&ds)[4], int step) {
-    // Two chunks further on in the row, as the panel permutes them: PanelTile::address().
-    ptx::stmatrix_x4((row ^ (step % 4 * 32)) + step / 4 * LogitShared::kPanelBytes, ds);
-  }
-  static __device__ __forceinline__ void store_ds(uint32_t row, const Operand& ds) {
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) store_ds(row, ds[step], step);
-  }
-
-  // A warpgroup's part of dQ on its way: panels of 64 rows by 32 float32 elements, swizzled as PanelTile is, their
-  // columns in the order of GradientRows.
-  static constexpr int kGradientPanels = kQueryColumns / 32;
-  static constexpr int kGradientPanelBytes = 64 * 128;
-
-  // Writes this warpgroup's part of dQ to shared memory. Rows behind the tile's queries are zero. Of the 16 rows and
-  // 8 columns that a warp stores at once, a lane has the address of a row's even columns or of its odd ones.
-  static __device__ __forceinline__ void store_part(const QueryGradients& dq, uint32_t part, int thread) {
-    const int lane = thread % 32;
-    const uint32_t row =
-        part + (thread / 32 * 16 + lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2) ^ (lane % 8)) * 16;
-#pragma unroll
-    for (int block = 0; block < kQueryColumns / 8; ++block) {
-      const float (&x)[4] = dq[0][block];
-      // Two chunks further on in the row, as the panel permutes them: PanelTile::address().
-      ptx::stmatrix_x4((row ^ (block % 4 * 32)) + block / 4 * kGradientPanelBytes,
-                       {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
-    }
-  }
-
   // Between these a warpgroup writes its part of dQ, for the warp that has it added. Behind its last part it waits once
   // more: that warp has arrived once more.
   static __device__ __forceinline__ void wait_part_free(int warpgroup) {
@@ -626,8 +458,8 @@ struct BackwardSm90Block {
       ptx::named_barrier_sync(kPartFullBarrier + warpgroup, kPartThreads);
       if (threadIdx.x % 32 == 0) {
         const CUtensorMap* map = maps.dq + static_cast<int>(tile.regime);
-        const int row = tile.row + (kCutRows ? warpgroup * 64 : 0);
-        const int column = kCutRows ? 0 : (rank * kConsumers + warpgroup) * kQueryColumns;
+        const int row = tile.row + (Steps::kCutRows ? warpgroup * 64 : 0);
+        const int column = Steps::kCutRows ? 0 : (rank * kConsumers + warpgroup) * Steps::kQueryColumns;
         int* turn =
             workspace.turns == nullptr ? nullptr : turns() + static_cast<int64_t>(plane) * query_tiles + tile.index;
         if (turn != nullptr) {
@@ -636,8 +468,8 @@ struct BackwardSm90Block {
           ptx::fence_async_proxy_all();
         }
 #pragma unroll
-        for (int panel = 0; panel < kGradientPanels; ++panel) {
-          const uint32_t source_panel = part(ring.index) + panel * kGradientPanelBytes;
+        for (int panel = 0; panel < Steps::kGradientPanels; ++panel) {
+          const uint32_t source_panel = part(ring.index) + panel * Steps::kGradientPanelBytes;
           if constexpr (Keys::kInSequences) {
             const int left = tile.count - (row - tile.row);
             const BoxPlace place = box_place<64>(row, left < 0 ? 0 : left < 64 ? left : 64);

@@ -18,14 +18,14 @@ namespace chunkattn::cuda {
 template <typename T, int kHeadDim, typename Keys>
 struct BackwardSm90Pair {
   using Block = BackwardSm90Block<T, kHeadDim, Keys>;
-  using Logits = typename Block::Logits;
-  using Operand = typename Block::Operand;
-  using KeyGradients = typename Block::KeyGradients;
-  using QueryGradients = typename Block::QueryGradients;
+  using Steps = typename Block::Steps;
+  using Logits = typename Steps::Logits;
+  using Operand = typename Steps::Operand;
+  using KeyGradients = typename Steps::KeyGradients;
+  using QueryGradients = typename Steps::QueryGradients;
   using Statistics = typename Block::Statistics;
   using Stages = Ring<Block::kStages>;
   static_assert(Block::kTileM == 64 && Block::kBlockKeys == 64 && Block::kClusterSize == 2);
-  static_assert(Block::kLogitBuffers == 2);
 
   static constexpr int kValues = 0, kKeys = 1;  // the warpgroups, by what they compute the gradient of
 
@@ -43,17 +43,17 @@ struct BackwardSm90Pair {
   const Block& block;
 
   // P, later dS, of this block's keys; and dS of the other's. A warp's 16 keys are 2 KB, of P in its own order.
-  __device__ __forceinline__ typename Block::LogitShared ds_tile() const { return block.ds_tile(0); }
-  __device__ __forceinline__ typename Block::LogitShared other_ds_tile() const { return block.ds_tile(1); }
+  __device__ __forceinline__ typename Steps::LogitShared ds_tile() const { return block.ds_tile(0); }
+  __device__ __forceinline__ typename Steps::LogitShared other_ds_tile() const { return block.ds_tile(1); }
   static __device__ __forceinline__ uint32_t warp_chunk(uint32_t tile, int step, int thread) {
     return tile + thread / 32 * 2048 + step * 512 + thread % 32 * 16;
   }
 
   // Where a warpgroup leaves its part of dQ: in the tile of dO that both have read.
   __device__ __forceinline__ uint32_t dq_part(int warpgroup, int stage) const {
-    static_assert(Block::kConsumers * Block::kGradientPanels * Block::kGradientPanelBytes ==
+    static_assert(Block::kConsumers * Steps::kGradientPanels * Steps::kGradientPanelBytes ==
                   Block::QueryShared::kBytes);
-    return block.dout_tile(stage).base + warpgroup * Block::kGradientPanels * Block::kGradientPanelBytes;
+    return block.dout_tile(stage).base + warpgroup * Steps::kGradientPanels * Steps::kGradientPanelBytes;
   }
 
   __device__ __forceinline__ void add_query_gradients(int warpgroup) const {
@@ -68,11 +68,14 @@ struct BackwardSm90Pair {
   // S^T becomes P^T.
   __device__ __forceinline__ void make_weights(Operand& operand, Logits& logits, const Statistics& statistics,
                                                float scale_log2, int thread) const {
-    typename Block::PerQuery lse_log2;
-    Block::load_per_query(lse_log2, statistics.lse_log2, thread);
+    constexpr int kSteps = Block::kTileM / 16;
+    float4 lse_log2[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) lse_log2[step] = Steps::per_query(statistics.lse_log2, step, thread);
     if (statistics.masked) block.hide_keys(logits, statistics.tile, thread / 32 * 16);
-    Block::exponentiate(logits, lse_log2, scale_log2);
-    Block::round(operand, logits);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) Steps::exponentiate(logits, step, lse_log2[step], scale_log2);
+    Steps::round(operand, logits);
   }
 
   __device__ __forceinline__ void hand_on(const Operand& weights, int thread) const {
@@ -91,15 +94,15 @@ struct BackwardSm90Pair {
 #pragma unroll
     for (int step = 0; step < Block::kTileM / 16; ++step) {
       const uint4 pairs = load_shared(warp_chunk(ds_tile().base, step, thread));
-      Block::unround(p, {pairs.x, pairs.y, pairs.z, pairs.w}, step);
+      Steps::unround(p, {pairs.x, pairs.y, pairs.z, pairs.w}, step);
     }
-    Block::differentiate(operand, p, logits);
+    Steps::differentiate(operand, p, logits);
   }
 
   // Gives dS to both warpgroups of both blocks. A warp stores it where it has read P.
   __device__ __forceinline__ void give_differences(const Operand& operand, int lap, int thread) const {
     __syncwarp();
-    Block::store_ds(Block::ds_row(ds_tile(), thread / 32 * 16, thread), operand);
+    Steps::store_ds(Steps::ds_row(ds_tile(), thread / 32 * 16, thread), operand);
     ptx::fence_async_proxy();
     ptx::named_barrier_arrive(kDifferencesBarrier, Block::kConsumerThreads);
     __syncwarp();
@@ -118,16 +121,16 @@ struct BackwardSm90Pair {
 
   // Starts a warpgroup's part of dQ.
   __device__ __forceinline__ void start_query_gradients(QueryGradients& dq, int warpgroup, int lap) const {
-    constexpr int kPanels = Block::kQueryColumns / 64;
+    constexpr int kPanels = Steps::kQueryColumns / 64;
     ptx::wgmma_fence();
-    Block::add_keys(
+    Steps::add_keys(
         dq, ds_tile().base,
         block.k_tile().base + (block.rank * Block::kConsumers + warpgroup) * kPanels * Block::KeyShared::kPanelBytes,
         false);
     // Every thread that waited orders what arrived before the products that read it.
     ptx::mbarrier_wait(&block.control.other_ds_full, lap);
     ptx::fence_async_proxy();
-    Block::add_keys(dq, other_ds_tile().base,
+    Steps::add_keys(dq, other_ds_tile().base,
                     block.other_k_tile().base + warpgroup * kPanels * Block::KeyColumns::kPanelBytes, true);
     ptx::wgmma_commit();
   }
@@ -138,7 +141,7 @@ struct BackwardSm90Pair {
   }
 
   __device__ __forceinline__ void expect_differences(int thread) const {
-    if (thread == 0) ptx::mbarrier_arrive_expect(&block.control.other_ds_full, Block::LogitShared::kBytes);
+    if (thread == 0) ptx::mbarrier_arrive_expect(&block.control.other_ds_full, Steps::LogitShared::kBytes);
   }
 
   // Adds to dV whatever the tile's queries contribute.
@@ -180,7 +183,7 @@ struct BackwardSm90Pair {
       ptx::pin(dq[0]);
       take_differences(thread);
       Block::wait_part_free(kValues);
-      Block::store_part(dq, dq_part(kValues, ring.index), thread);
+      Steps::store_part(dq, dq_part(kValues, ring.index), thread);
       Block::pass_part_on(kValues);
       make_weights(weights, logits, next_statistics, scale_log2, thread);
       ptx::mbarrier_arrive(control.statistics_empty + next.index);
@@ -200,7 +203,7 @@ struct BackwardSm90Pair {
     bool more = control.statistics[ring.index].plane >= 0;
     if (more) ring.wait_full(control.dout_full);
     Logits logits;
-    Block::set_minus_delta(logits, control.statistics[ring.index], thread);
+    Steps::set_minus_delta(logits, control.statistics[ring.index].delta, thread);
     ptx::mbarrier_arrive(control.statistics_empty + ring.index);
     start_rows_by_rows<T, true>(logits, block.v_tile(), 0, block.dout_tile(ring.index));
     ptx::wgmma_wait<0>();
@@ -225,7 +228,7 @@ struct BackwardSm90Pair {
       next.wait_full(control.query_full);
       const Statistics& next_statistics = control.statistics[next.index];
       more = next_statistics.plane >= 0;
-      Block::set_minus_delta(logits, next_statistics, thread);
+      Steps::set_minus_delta(logits, next_statistics.delta, thread);
       ptx::mbarrier_arrive(control.statistics_empty + next.index);
       ptx::pin(logits);
       if (more) next.wait_full(control.dout_full);
@@ -236,7 +239,7 @@ struct BackwardSm90Pair {
       take_differences(thread);
       ptx::named_barrier_sync(kDoutReadBarrier, Block::kConsumerThreads);
       Block::wait_part_free(kKeys);
-      Block::store_part(dq, dq_part(kKeys, ring.index), thread);
+      Steps::store_part(dq, dq_part(kKeys, ring.index), thread);
       Block::pass_part_on(kKeys);
       ptx::wgmma_wait<0>();
       ptx::pin(logits);

@@ -28,8 +28,9 @@ struct alignas(16) QueryShifts {
   uint4 values[kRows / kCoreRows][kStages][kCoreRows];
   uint64_t empty[kStages];  // they are full with the queries
 
-  // What S is multiplied by, never so near zero that lse / scale is more than bfloat16 can be.
-  static __device__ __forceinline__ float logit_scale(float scale) { return fmaxf(scale, 1e-30f); }
+  // What S is multiplied by, instead of the logits' scale: never so near zero that lse / scale is more than bfloat16
+  // can be.
+  static __device__ __forceinline__ float scale(float logit_scale) { return fmaxf(logit_scale, 1e-30f); }
 
   // One warp, before the products.
   __device__ __forceinline__ void init(int lane) {

@@ -62,17 +62,16 @@ struct BackwardSm80Tile<256, 99> {
 };
 
 // wgmma: up to head_dim 128 each of two consumer warpgroups owns 64 keys. Its S, dP, dK, dV and part of dQ take 224
-// registers of a thread. While dQ is made of one buffer of dS the next is written, which takes two; kDelayed: dQ is
-// made a tile later. At head_dim 256 the two share 64 keys: dV, S and part of dQ, or dK, dP and part of dQ, take 192. A
-// tile's keys are those of a cluster of kClusterSize blocks. At head_dim 256 dQ lies in the memory of the dO it belongs
-// to, elsewhere it has kGradientRows rows of its own.
+// registers of a thread. kDelayed: dQ is made a tile later. At head_dim 256 the two share 64 keys: dV, S and part of
+// dQ, or dK, dP and part of dQ, take 192. A tile's keys are those of a cluster of kClusterSize blocks. At head_dim 256
+// dQ lies in the memory of the dO it belongs to, elsewhere it has kGradientRows rows of its own.
 template <int kHeadDim>
 struct BackwardSm90Tile;
 
 template <>
 struct BackwardSm90Tile<64> {
   static constexpr int kClusterSize = 1, kTileM = 128, kTileN = 128, kStages = 2;
-  static constexpr int kLogitBuffers = 2, kGradientRows = 128;
+  static constexpr int kGradientRows = 128;
   static constexpr bool kDelayed = false;
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 };
@@ -80,7 +79,7 @@ struct BackwardSm90Tile<64> {
 template <>
 struct BackwardSm90Tile<128> {
   static constexpr int kClusterSize = 1, kTileM = 64, kTileN = 128, kStages = 3;
-  static constexpr int kLogitBuffers = 2, kGradientRows = 64;
+  static constexpr int kGradientRows = 64;
   static constexpr bool kDelayed = true;
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 };
@@ -88,10 +87,13 @@ struct BackwardSm90Tile<128> {
 template <>
 struct BackwardSm90Tile<256> {
   static constexpr int kClusterSize = 2, kTileM = 64, kTileN = 128, kStages = 2;
-  static constexpr int kLogitBuffers = 2, kGradientRows = 0;
+  static constexpr int kGradientRows = 0;
   static constexpr bool kDelayed = false;
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 };
+
+// Of dS: while dQ is made of one the next is written, or, at head_dim 256, one is the other block's.
+constexpr int kBackwardLogitBuffers = 2;
 
 // Q, dO, K, V, of the other block's K the columns of which this one adds dQ, and what stands between logits and
 // gradients in 16 bits, dQ in 32.
@@ -101,7 +103,7 @@ constexpr size_t backward_sm90_tile_bytes() {
   constexpr int kKeys = Tile::kTileN / Tile::kClusterSize;
   return 2 * (2 * (Tile::kStages * Tile::kTileM + kKeys) * kHeadDim +
               (Tile::kClusterSize - 1) * kKeys * kHeadDim / Tile::kClusterSize +
-              Tile::kLogitBuffers * Tile::kTileM * kKeys) +
+              kBackwardLogitBuffers * Tile::kTileM * kKeys) +
          4 * Tile::kGradientRows * kHeadDim;
 }
 
